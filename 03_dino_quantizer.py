@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """RQ-DINO: image codes from a ViT that is trained with its quantiser inside (METHOD: section 3).
 
 DINO trains a student to say of one crop of a picture what its teacher, the student's running
@@ -17,28 +16,23 @@ writes  dino.pt
           center            float32 (O)             running mean of the teacher's outputs
           losses            float32 (epochs)        L_DINO, nats
           teacher_entropy   float32 (epochs)        nats; near 0 or log O: collapse
-          used              float32 (epochs, 3)     share of the codes in use, level by level
+          used              float32 (epochs, 3)     share of codes in use by level; 0 if --plain
           perplexity        float32 (epochs, 3)     exp(entropy) of their use
           seconds           float                   of training
           peak_memory       int                     bytes, the process's largest resident set
           options           dict                    the options of this run
         image_codes.pt
           codes             int16 (N+1, L)          row 0 = -1; level 4 separates collisions
-          codebooks         float32 (3, K, E)
-          embeddings        float32 (N+1, E)        standardised; zero where there is no picture
+          codebooks         float32 (3, K, d)       d: width of the ViT
+          embeddings        float32 (N+1, d)        standardised; zero where there is no picture
           known             bool (N+1)              the item has a picture
           stats             dict                    use, perplexity, uniqueness, moved items
 
 minutes: TODO
 """
 
-import argparse
-import copy
-import math
-import os
-import resource
-import sys
-import time
+import argparse, copy, math, os, resource, sys, time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -46,9 +40,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-STUDENT_TEMP, TEACHER_TEMP = 0.1, (0.04, 0.07)  # tau_s; tau_t, raised over 30 % of the run
+STUDENT_TEMP = 0.1          # tau_s
 CENTER_MOMENTUM = 0.9
-WEIGHT_DECAY = (0.04, 0.4)  # along a cosine, on matrices only
 CLIP = 3.0                  # largest norm of the gradient
 BETA = 0.25                 # weight of the commitment term
 DECAY, DEAD = 0.95, 0.05    # centroids average ~20 steps; restart below DEAD members
@@ -59,12 +52,10 @@ YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  
 
 # --- Files
 
-
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
     sys.exit(2)
-
 
 def load(path, maker, mmap=False):
     """Reads one artifact of the run; `maker` is the script that writes it."""
@@ -73,8 +64,7 @@ def load(path, maker, mmap=False):
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except Exception as error:
-        fail(f"{path} cannot be read ({type(error).__name__}): delete it and run {maker} again.")
-
+        fail(f"{path} cannot be read ({type(error).__name__}): delete it, run {maker} again.")
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
@@ -85,146 +75,116 @@ def save(artifact, path):
         os.fsync(file.fileno())
     os.replace(partial, path)
 
-
-def pick_device(name):
-    """`auto` takes the GPU where there is one."""
-    if name != "auto":
-        return torch.device(name)
-    mps = torch.backends.mps.is_available()
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-
-
 # --- Residual codes
 
-
 def codebook_size(N):
-    """K, our rule: the power of two nearest to sqrt(N), from 8 to 256 (the paper's, from 33,000 items on)."""
+    """K, our rule: the power of two nearest to sqrt(N), from 8 to 256, the paper's."""
     return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
 
-
-def nearest(x, codebook, chunk=65536):
-    """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)."""
+def nearest(x, codebook):
+    """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)"""
     half_norm = codebook.square().sum(1) / 2  # (K,)
-    return torch.cat([(half_norm - part @ codebook.T).argmin(1) for part in x.split(chunk)])  # (n,)
-
+    return torch.cat([(half_norm - part @ codebook.T).argmin(1) for part in x.split(65536)])
 
 def kmeans(x, K, rng, steps=30):
-    """Lloyd's k-means; a centroid that lost all members restarts at the vector that is served worst.
+    """Lloyd's algorithm; a centroid without members restarts at the vector that is served worst.
 
-    x: (n, d) -> codebook (K, d)."""
-    codebook = x[torch.randint(len(x), (K,), generator=rng)].clone() if len(x) < K else \
-        x[torch.randperm(len(x), generator=rng)[:K]].clone()  # (K, d)
+    x: (n, d) -> codebook (K, d)"""
+    start = torch.randperm(max(len(x), K), generator=rng)[:K] % len(x)  # (K,)
+    codebook = x[start].clone()  # (K, d)
     for _ in range(steps):
         codes = nearest(x, codebook)  # (n,)
         members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
         codebook = torch.where(members > 0, sums / members.clamp(min=1), codebook)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)
-        if 0 < len(empty) <= len(x):
-            worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
-            codebook[empty] = x[worst]
+        empty = (members[:, 0] == 0).nonzero()[:len(x), 0]  # (empty,)
+        worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
+        codebook[empty] = x[worst]
     return codebook
 
-
 def residual_kmeans(x, K, rng):
-    """A codebook for x, one for what it leaves, one for what that leaves. (n, d) -> codebooks (3, K, d)."""
+    """A codebook for x, one for what it leaves, one for what that leaves: (n, d) -> (3, K, d)"""
     codebooks = []
     for _ in range(3):
         codebooks.append(kmeans(x, K, rng))  # (K, d)
         x = x - codebooks[-1][nearest(x, codebooks[-1])]  # (n, d)
     return torch.stack(codebooks)  # (3, K, d)
 
-
 def quantise(x, codebooks):
-    """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l] (METHOD: section 2).
+    """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
 
-    x: (n, d), codebooks: (3, K, d) -> codes (n, 3)."""
+    x: (n, d), codebooks: (3, K, d) -> codes (n, 3)"""
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
         residual = residual - codebook[codes[-1]]  # (n, d)
     return torch.stack(codes, 1)  # (n, 3)
 
-
 def nearest_first(x, codebooks, prefix=()):
-    """The places of the tree, those near the vector x (d,) first: its own, then other last codes, ..."""
+    """All (c_1, c_2, c_3), the nearest to x (d,) first, level by level."""
     if len(prefix) == len(codebooks):
         yield prefix
         return
-    codebook = codebooks[len(prefix)]
-    for k in (x - codebook).square().sum(1).argsort(stable=True).tolist():
-        yield from nearest_first(x - codebook[k], codebooks, prefix + (k,))
+    distance = (x - codebooks[len(prefix)]).square().sum(1)  # (K,)
+    for k in distance.argsort(stable=True).tolist():
+        yield from nearest_first(x - codebooks[len(prefix)][k], codebooks, prefix + (k,))
 
+def number_in_group(group, order):
+    """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
+    order = order[group[order].argsort(stable=True)]  # (n,)
+    _, size = group[order].unique_consecutive(return_counts=True)  # (groups,)
+    number = torch.empty_like(group)  # (n,)
+    number[order] = torch.arange(len(group)) - (size.cumsum(0) - size).repeat_interleave(size)
+    return number
 
 def finish_codes(embeddings, known, codebooks, train_counts, rng):
-    """Semantic levels 1-3 and the collision level 4: every item gets a code that no other item has.
+    """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
 
-    An item that lacks the modality gets a random place in the tree (it may still be a target).
-    Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share them,
-    those with the largest residual move to the nearest prefix with room (empty-leaf redistribution).
-    embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d) -> codes int16 (N+1, 4), stats dict.
-    """
-    N, K = len(embeddings) - 1, codebooks.shape[1]
+    An item without this modality gets a random place in the tree: it may still be a target.
+    Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
+    it, those with the largest residual move to the nearest one with room (empty-leaf
+    redistribution). embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
+    -> codes int16 (N+1, 4), row 0 = -1, and statistics of the known items' codes."""
+    K = codebooks.shape[1]
     codes = quantise(embeddings, codebooks)  # (N+1, 3)
-    unknown = (~known).nonzero()[:, 0]  # (unknown,)
-    codes[unknown] = torch.randint(K, (len(unknown), 3), generator=rng)  # (unknown, 3)
-    place = torch.tensor([K * K, K, 1])  # (3,)
-    prefix = (codes * place).sum(1)  # (N+1,)
-    prefix[0] = -1                                                                  # padding is nobody
+    codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
     residual = embeddings - sum(C[codes[:, l]] for l, C in enumerate(codebooks))  # (N+1, d)
-
-    # Redistribution: keep the K best served items of an overflowing prefix, move the others.
-    by_residual = residual.square().sum(1).argsort()  # (N+1,)
-    room, moved = dict(), []
-    for item in by_residual[prefix[by_residual].argsort(stable=True)].tolist()[1:]:
-        leaf = int(prefix[item])
-        room[leaf] = room.get(leaf, K) - 1
-        if room[leaf] < 0:
-            moved.append(item)
+    worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
+    prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
+    prefix[0] = -1  # padding shares its place with nobody
+    moved = (number_in_group(prefix, worst_last) >= K).nonzero()[:, 0].tolist()
+    size = Counter(prefix.tolist()) if moved else {}
     for item in moved:
         for code in nearest_first(embeddings[item], codebooks):
-            leaf = (code[0] * K + code[1]) * K + code[2]
-            if room.get(leaf, K) > 0:
-                room[leaf] = room.get(leaf, K) - 1
-                codes[item], prefix[item] = torch.tensor(code), leaf
+            place = (code[0] * K + code[1]) * K + code[2]
+            if size[place] < K:
+                size[place] += 1
+                codes[item], prefix[item] = torch.tensor(code), place
                 break
 
-    # Level 4 counts the items of a prefix from 0, the most bought first, equal ones by item id.
-    order = (-train_counts.long()).argsort(stable=True)  # (N+1,)
-    order = order[prefix[order].argsort(stable=True)]  # (N+1,)
-    _, size = prefix[order].unique_consecutive(return_counts=True)  # (prefixes,)
-    start = (size.cumsum(0) - size).repeat_interleave(size)  # (N+1,)
-    number = torch.empty(N + 1, dtype=torch.long)  # (N+1,)
-    number[order] = torch.arange(N + 1) - start
-    codes = torch.cat([codes, number.unsqueeze(1)], 1)  # (N+1, 4)
+    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
+    codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
-
-    used = [codes[known, l].unique(return_counts=True)[1] for l in range(4)]
-    entropy = [-(n / n.sum() * (n / n.sum()).log()).sum() for n in used]
-    groups = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
-    stats = {"used": [len(n) / K for n in used], "perplexity": [math.exp(h) for h in entropy],
-             "unique": [float((n == 1).sum() / max(1, n.sum())) for n in groups],
-             "largest": [int(n.max()) if len(n) else 0 for n in groups], "moved": len(moved)}
+    use = [torch.bincount(codes[known, l], minlength=K).float() for l in range(4)]
+    entropy = [torch.special.entr(n / n.sum().clamp(min=1)).sum().item() for n in use]
+    shared = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
+    stats = {"used": [(n > 0).float().mean().item() for n in use],
+             "perplexity": [math.exp(h) for h in entropy], "moved": len(moved),
+             "unique": [(n == 1).sum().item() / max(1, n.sum().item()) for n in shared],
+             "largest": [max(n.tolist(), default=0) for n in shared]}
+    print(f"codes: {min(stats['used'][:3]):.0%} or more of {K} in use, {stats['unique'][2]:.0%} of "
+          f"the items alone after level 3, at most {stats['largest'][2]} together")
     return codes.to(torch.int16), stats
 
-
-def describe_codes(stats):
-    """What finish_codes counted, as one readable line."""
-    percent = lambda shares: ", ".join(f"{100 * share:.0f}" for share in shares)
-    return (f"codes: {percent(stats['used'][:3])} % of levels 1-3 in use, {percent(stats['unique'])} % of items alone "
-            f"after level 1, 2, 3; at most {stats['largest'][2]} share three levels; {stats['moved']} moved")
-
-
 # --- Views of a picture
-
 
 def crops(x, size, scale):
     """A random view of each picture; boxes and colours are drawn for the whole batch at once.
 
     x: (n, 3, S, S) in 0..1, scale: share of the area, from and to -> (n, 3, size, size)."""
     n, draw = len(x), lambda low, high, *n: torch.empty(*n, device=x.device).uniform_(low, high)
-    area, stretch = draw(*scale, n).sqrt(), draw(3 / 4, 4 / 3, n).sqrt()  # (n,), (n,)
-    half = torch.stack([area * stretch, area / stretch], 1).clamp(max=1)  # (n, 2)
+    side, stretch = draw(*scale, n).sqrt(), draw(3 / 4, 4 / 3, n).sqrt()  # (n,), (n,)
+    half = torch.stack([side * stretch, side / stretch], 1).clamp(max=1)  # (n, 2)
     middle = (1 - half) * draw(-1, 1, n, 2)  # (n, 2)
     half[:, 0] *= draw(-1, 1, n).sign()  # a negative width flips
     box = torch.cat([torch.diag_embed(half), middle.unsqueeze(2)], 2)  # (n, 2, 3)
@@ -242,15 +202,12 @@ def crops(x, size, scale):
     mean = x.mean((1, 2, 3), keepdim=True)  # (n, 1, 1, 1)
     return (light * (mean + contrast * (x - mean))).clamp(0, 1)  # (n, 3, size, size)
 
-
 def pictures(images, items, size, device):
     """The un-augmented pictures of `items`. -> (n, 3, size, size) in 0..1"""
     x = images[items].to(device).float() / 255  # (n, 3, S, S)
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True)  # (n, 3, size, size)
 
-
 # --- Model: modules are nested as in the public release, so that parameters have its names
-
 
 class Block(nn.Module):
     def __init__(self, width):
@@ -267,7 +224,6 @@ class Block(nn.Module):
         y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (n, H, T, E/H)
         x = x + self.attn["proj"](y.transpose(1, 2).flatten(2))  # (n, T, E)
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))  # (n, T, E)
-
 
 class VisionTransformer(nn.Module):
     """x: (n, 3, S, S) in 0..1, any S that `patch` divides -> [CLS] (n, E)"""
@@ -290,7 +246,6 @@ class VisionTransformer(nn.Module):
             x = block(x)  # (n, 1 + s*s, E)
         return self.norm(x[:, 0])  # (n, E)
 
-
 def resample(pos_embed, side):
     """Places of a grid of s x s patches, stretched to side x side. -> (1, 1 + side*side, E)"""
     s = math.isqrt(pos_embed.shape[1] - 1)
@@ -300,21 +255,20 @@ def resample(pos_embed, side):
     grid = F.interpolate(grid, (side, side), mode="bicubic")  # (1, E, side, side)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
-
 class Head(nn.Module):
     """Cosine with each of O learned prototypes. (n, E) -> (n, O)"""
 
     def __init__(self, width, out_dim):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
-                                 nn.Linear(4 * width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        hidden = 4 * width
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden),
+                                 nn.GELU(), nn.Linear(hidden, width))
         self.last_layer = nn.Linear(width, out_dim, bias=False)
 
     def forward(self, z):
         # Prototypes of unit length are the release's weight norm with its gain held at g = 1.
         prototypes = F.normalize(self.last_layer.weight, dim=1)  # (O, E)
         return F.normalize(self.mlp(z), dim=1) @ prototypes.T  # (n, O)
-
 
 class ResidualQuantiser(nn.Module):
     """z_q = sum_l C_l[c_l]. Codebooks are no parameters: they follow the means of their members."""
@@ -331,11 +285,9 @@ class ResidualQuantiser(nn.Module):
         z_q, commitment = torch.zeros_like(z), 0
         for level, codebook in enumerate(self.codebooks):
             z_q = z_q + codebook[codes[:, level]]  # (n, E)
-            # r_{l-1} - C_l[c_l] is what levels 1..l leave of z. A mean over E where METHOD sums, so
-            # that one beta suits every width.
+            # What levels 1..l leave of z; its mean, not METHOD's sum: one beta for every width.
             commitment = commitment + (z - z_q).square().mean()
-        # argmin has no gradient: straight through, as if z_q were z.
-        return z + (z_q - z).detach(), commitment, codes
+        return z + (z_q - z).detach(), commitment, codes  # argmin has no gradient: straight through
 
     @torch.no_grad()
     def update(self, z, codes, decay=DECAY):
@@ -346,11 +298,10 @@ class ResidualQuantiser(nn.Module):
             members.mul_(decay).add_(torch.bincount(code, minlength=len(members)), alpha=1 - decay)
             sums.mul_(decay).index_add_(0, code, residual, alpha=1 - decay)
             dead = (members < DEAD).nonzero()[:, 0]  # (dead,)
+            sums[dead] = residual[torch.randint(len(z), dead.shape, device=z.device)]  # (dead, E)
             members[dead] = 1
-            sums[dead] = residual[torch.randint(len(z), (len(dead),), device=z.device)]  # (dead, E)
             residual = residual - codebook[code]  # (n, E)
             codebook.copy_(sums / members.unsqueeze(1))
-
 
 def load_backbone(path, size):
     """The ViT in a file of the public release or in our dino.pt, for pictures of size x size."""
@@ -367,15 +318,12 @@ def load_backbone(path, size):
         fail(f"--init {path} holds no ViT that loads safely ({type(error).__name__}): take the "
              "release's backbone-only file, or a dino.pt.")
 
-
 @torch.no_grad()
 def embed(vit, images, items, size, device):
     """[CLS] of the un-augmented pictures. -> (n, E) on the CPU"""
     return torch.cat([vit(pictures(images, part, size, device)).cpu() for part in items.split(256)])
 
-
 # --- Loss and schedules
-
 
 def dino_loss(p_t, logits):
     """Mean cross-entropy of the pairs (teacher's crop t, student's crop v), t != v.
@@ -385,17 +333,10 @@ def dino_loss(p_t, logits):
     pairs = -torch.einsum("tbo,vbo->tv", p_t, log_p_s) / p_t.shape[1]  # (2, V)
     return (pairs.sum() - pairs.diagonal().sum()) / (pairs.numel() - 2)
 
-
-def cosine(start, end, done):
-    """From `start` (done = 0) to `end` (done = 1) along half a wave."""
-    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
-
-
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
     for average, weight in zip(teacher.parameters(), student.parameters()):
         average.lerp_(weight, 1 - momentum)
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -407,7 +348,7 @@ def main(argv=None):
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--plain", action="store_true", help="no quantiser in training, k-means afterwards")
     add("--init", type=Path, help="file of ViT weights to start from; sets width, depth, patch")
-    add("--unquantised", type=float, default=1.0, help="weight of L_DINO past the quantiser")
+    add("--unquantised", type=float, default=0.0, help="weight of L_DINO without quantiser")
     add("--epochs", type=int, default=12, help="passes over the pictures")
     add("--batch", type=int, default=32, help="pictures a step")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW, at its highest")
@@ -421,97 +362,99 @@ def main(argv=None):
         parser.set_defaults(epochs=1, width=24, depth=1, out_dim=64)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    rng, device = torch.Generator().manual_seed(args.seed), pick_device(args.device)
+    rng = torch.Generator().manual_seed(args.seed)
+    device = torch.device(args.device if args.device != "auto" else
+                          torch.accelerator.current_accelerator(check_available=True) or "cpu")
     data = load(args.run / "data.pt", "01_data.py")
     images = load(args.run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
     known = data["has_image"]  # (N+1,)
     items, K = known.nonzero()[:, 0], codebook_size(len(known) - 1)  # (n,)
     size, width, patch = args.crop_size or images.shape[-1], args.width, args.patch
-    heads = max(3, width // 64)
     sizes = (args.epochs, args.batch, args.depth, patch, args.out_dim, width, args.local_crops + 1)
-    if min(sizes) < 1 or size % patch or width % heads:
-        fail(f"Sizes start at 1, --crop-size {size} must divide into patches of {patch} pixels, "
-             f"--width {width} into {heads} heads.")
-
-    vit = load_backbone(args.init, size) if args.init else \
-        VisionTransformer(size, patch, width, args.depth)
-    width, patch = (vit.patch_embed["proj"].weight.shape[i] for i in (0, 3))
+    if min(sizes) < 1 or size % patch or width % max(3, width // 64):
+        fail(f"Sizes start at 1; patches of {patch} must tile crops of {size}, heads {width}.")
+    vit = VisionTransformer(size, patch, width, args.depth)
+    if args.init:
+        vit = load_backbone(args.init, size)
+        width, _, _, patch = vit.patch_embed["proj"].weight.shape
     student = nn.ModuleDict({"backbone": vit, "head": Head(width, args.out_dim)}).to(device)
     teacher, quantiser = copy.deepcopy(student).requires_grad_(False), None
     center = torch.zeros(args.out_dim, device=device)  # (O,)
-    groups = [[w for w in student.parameters() if (w.ndim > 1) == matrix] for matrix in (True, False)]
-    optimizer = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0)
+    weights = list(student.parameters())  # weight decay .04 -> .4 on matrices, none on vectors
+    optimizer = torch.optim.AdamW([{"params": [w for w in weights if w.ndim > 1]},
+                                   {"params": [w for w in weights if w.ndim == 1]}])
     local = max(1, size // 2 // patch) * patch  # half a global crop, in whole patches
     kinds = [(2, size, GLOBAL_SCALE), (args.local_crops, local, LOCAL_SCALE)]
     steps = args.epochs * math.ceil(len(items) / args.batch)
-    # The teacher averages its last 1/(1 - momentum) steps: 250 (.996) as published, but at most a
-    # 25th of the run, or a short run would end with a teacher that is still its beginning.
+    # The teacher averages 1/(1 - momentum) steps: 250 as published (.996), but at most a 25th of
+    # the run, or a short run would end with a teacher that is still its beginning.
     momentum = 1 - 1 / min(250, max(2, steps / 25))
-    print(f"{len(items)} of {len(known) - 1} items have a picture; K = {K}; {steps} steps, crops: "
-          + ", ".join(f"{n} of {side} px" for n, side, _ in kinds))
+    print(f"{len(items)} of {len(known) - 1} items have a picture; K = {K}; {steps} steps; crops "
+          f"of {size} and {local} px; a uniform guess has loss {math.log(args.out_dim):.2f}")
     curves, step, started = [], 0, time.time()
     for epoch in range(args.epochs if len(items) else 0):
         sums, counts = torch.zeros(2), torch.zeros(3, K)  # (2,), (3, K)
         order = items[torch.randperm(len(items), generator=rng)]  # (n,)
         for batch in tqdm(order.split(args.batch), f"epoch {epoch + 1}", leave=False, disable=None):
-            done = step / steps
-            optimizer.param_groups[0]["weight_decay"] = cosine(*WEIGHT_DECAY, done)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, 10 * (step + 1) / steps) * cosine(1, 1e-3, done)
-            temperature = TEACHER_TEMP[0] + (TEACHER_TEMP[1] - TEACHER_TEMP[0]) * min(1, done / 0.3)
+            done, wave = step / steps, (1 + math.cos(math.pi * step / steps)) / 2  # 0 to 1, 1 to 0
+            for group, decay in zip(optimizer.param_groups, (0.4 - 0.36 * wave, 0)):
+                group["lr"], group["weight_decay"] = args.lr * min(wave, 10 * done + 0.01), decay
+            temperature = min(0.07, 0.04 + 0.1 * done)  # tau_t
             x = pictures(images, batch, size, device)  # (B, 3, size, size)
             views = [crops(x.repeat(n, 1, 1, 1), side, scale) for n, side, scale in kinds if n]
             with torch.no_grad():
                 out = teacher["head"](teacher["backbone"](views[0]))  # (2B, O)
                 p_t = ((out - center) / temperature).softmax(1).view(2, len(batch), -1)  # (2, B, O)
                 center.lerp_(out.mean(0), 1 - CENTER_MOMENTUM)
-            z = torch.cat([student["backbone"](view) for view in views])  # (V*B, E)
-            loss = dino_loss(p_t, student["head"](z).view(-1, *p_t.shape[1:]))
+            z = torch.cat([student["backbone"](view) for view in views])  # (V*B, d)
+            distil = lambda z: dino_loss(p_t, student["head"](z).view(-1, *p_t.shape[1:]))
+            z_q, extra = z, 0.0
             if not args.plain:
                 if quantiser is None:
                     first = embed(student["backbone"], images, order[:16 * K], size, device)
                     quantiser = ResidualQuantiser(residual_kmeans(first, K, rng)).to(device)
-                z_q, commitment, codes = quantiser(z)  # (V*B, E), (), (V*B, 3)
-                quantised = dino_loss(p_t, student["head"](z_q).view(-1, *p_t.shape[1:]))
-                loss, total = quantised, quantised + BETA * commitment + args.unquantised * loss
+                z_q, commitment, codes = quantiser(z)  # (V*B, d), (), (V*B, 3)
+                # A second term, past the quantiser, measured no better (toy, one seed): weight 0.
+                extra = BETA * commitment + (args.unquantised and args.unquantised * distil(z))
                 quantiser.update(z.detach(), codes)
                 counts += torch.stack([torch.bincount(c, minlength=K) for c in codes.T]).cpu()
+            loss = distil(z_q)  # L_DINO
             optimizer.zero_grad()
-            (loss if args.plain else total).backward()
+            (loss + extra).backward()
             if epoch == 0:  # the prototypes wait until there is something to be like
                 student["head"].last_layer.weight.grad = None
-            nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+            nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.step()
-            update_teacher(teacher, student, cosine(momentum, 1, done))
+            update_teacher(teacher, student, 1 - (1 - momentum) * wave)
             entropy = torch.special.entr(p_t).sum(2).mean()
-            sums += torch.stack([loss.detach(), entropy]).cpu() * len(batch) / len(items)
+            sums += torch.tensor([loss.item(), entropy.item()]) * len(batch) / len(items)
             if step == 0:
-                print(f"first loss {loss.item():.2f}; a uniform guess: {math.log(args.out_dim):.2f}")
+                print(f"first loss {loss.item():.2f}: before there is a centre, all look alike")
             step += 1
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (3, K)
         perplexity = torch.special.entr(share).sum(1).exp()  # (3,)
         curves.append(torch.cat([sums, (share > 0).float().mean(1), perplexity]).tolist())
-        print(f"epoch {epoch + 1}: loss {sums[0]:.2f} = teacher's entropy {sums[1]:.2f} + KL; perplexity "
-              f"{', '.join(f'{p:.0f}' for p in perplexity)} of {K}; {time.time() - started:.0f} s")
+        print(f"epoch {epoch + 1}: loss {sums[0]:.2f} = entropy of p_t {sums[1]:.2f} + KL; "
+              f"perplexity {perplexity.int().tolist()} of {K}; {time.time() - started:.0f} s")
 
-    seconds, rng = time.time() - started, torch.Generator().manual_seed(args.seed)
-    embeddings = torch.zeros(len(known), width if len(items) else 1)  # (N+1, E)
-    codebooks = torch.zeros(3, K, embeddings.shape[1])  # (3, K, E)
+    seconds = time.time() - started
+    embeddings = torch.zeros(len(known), width if len(items) else 1)  # (N+1, d)
+    codebooks = torch.zeros(3, K, embeddings.shape[1])  # (3, K, d)
     if len(items):
-        z = embed(teacher["backbone"], images, items, size, device)  # (n, E)
-        # One mean and one scale for all coordinates: distances keep their order, so codes do too.
-        mean, scale = z.mean(0), (z - z.mean(0)).square().mean().sqrt().clamp(min=1e-6)  # (E,), ()
-        z = embeddings[items] = (z - mean) / scale  # (n, E)
-        if args.plain:
-            codebooks = residual_kmeans(z, K, rng)  # (3, K, E)
-        else:
+        z = embed(teacher["backbone"], images, items, size, device)  # (n, d)
+        if quantiser:
             # Ours: the codebooks were learned on crops, by the student. Ten updates without memory
             # (Lloyd's steps) move them onto the teacher's view of the whole pictures.
-            codebooks = quantiser.cpu().codebooks  # (3, K, E)
-            codebooks[0] -= mean
-            codebooks /= scale
+            codebooks = quantiser.cpu().codebooks  # (3, K, d)
             for _ in range(10):
                 quantiser.update(z, quantise(z, codebooks), decay=0)
+        else:
+            codebooks = residual_kmeans(z, K, rng)  # (3, K, d)
+        # Standardised with one scale for all coordinates, which leaves every code as it is.
+        mean, scale = z.mean(0), z.var(0, correction=0).mean().sqrt().clamp(min=1e-6)  # (d,), ()
+        embeddings[items] = (z - mean) / scale  # (n, d)
+        codebooks[0] -= mean
+        codebooks /= scale
     codes, stats = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, 4)
     curves = torch.tensor(curves).view(-1, 8)  # (epochs, 8)
     options = vars(args) | {"run": str(args.run), "init": str(args.init or "")}
@@ -522,11 +465,9 @@ def main(argv=None):
           "options": options}, args.run / "dino.pt")
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
           "stats": stats}, args.run / "image_codes.pt")
-    print(describe_codes(stats))
-    shelf = items[codes[items, 0] == codes[items[:1], 0]][:8].tolist()  # who shares the first one's code
+    shelf = items[codes[items, 0] == codes[items[:1], 0]][:8].tolist()
     print("items of one first code: " + " | ".join(data["titles"][i] for i in shelf) if shelf else
           "No item has a picture: every image code is a random place of its own.")
-
 
 if __name__ == "__main__":
     main()

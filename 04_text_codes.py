@@ -19,14 +19,7 @@ writes  text_codes.pt
           options           dict                    the options of this run
 """
 
-import argparse
-import math
-import os
-import pathlib
-import re
-import sys
-import time
-import zlib
+import argparse, math, os, pathlib, re, sys, time, zlib
 from collections import Counter
 from functools import lru_cache
 
@@ -43,12 +36,10 @@ WHITENED = 128     # principal directions kept of a language model's vectors
 # ---------------------------------------------------------------------------------------------------
 # Files
 
-
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
     sys.exit(2)
-
 
 def load(path, maker, mmap=False):
     """Reads one artifact of the run; `maker` is the script that writes it."""
@@ -57,8 +48,7 @@ def load(path, maker, mmap=False):
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except Exception as error:
-        fail(f"{path} cannot be read ({type(error).__name__}): delete it and run {maker} again.")
-
+        fail(f"{path} cannot be read ({type(error).__name__}): delete it, run {maker} again.")
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
@@ -69,10 +59,8 @@ def save(artifact, path):
         os.fsync(file.fileno())
     os.replace(partial, path)
 
-
 # ---------------------------------------------------------------------------------------------------
 # Three doors to an embedding
-
 
 @lru_cache(maxsize=1_000_000)
 def letters(word):
@@ -80,7 +68,6 @@ def letters(word):
     marked = f"<{word}>"
     grams = {marked[i:i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)}
     return [zlib.crc32(gram.encode()) % BUCKETS for gram in {word, *grams}]
-
 
 def tf_idf(texts):
     """Sublinear tf-idf, rows of unit length: weight = (1 + log tf) * (log((1 + n) / (1 + df)) + 1).
@@ -101,14 +88,12 @@ def tf_idf(texts):
     norm = torch.zeros(len(texts)).index_add_(0, row, weight.square()).sqrt()  # (n,)
     return torch.sparse_coo_tensor(torch.stack([row, column]), weight / norm[row], (len(texts), len(df)))
 
-
 def built_in(texts):
     """Latent semantic analysis: texts -> (n, d), the tf-idf rows in their d principal directions."""
     matrix = tf_idf(texts)  # (n, features)
     d = min(WIDTH, *matrix.shape)
     U, S, _ = torch.svd_lowrank(matrix, q=min(d + 10, *matrix.shape), niter=4)  # randomised SVD
     return F.normalize((U * S)[:, :d], dim=1)  # (n, d)
-
 
 def from_file(path, N):
     """Vectors that somebody else made, a row an item. -> (N, width)."""
@@ -120,7 +105,6 @@ def from_file(path, N):
     if not torch.is_tensor(x) or x.ndim != 2 or len(x) != N:
         fail(f"--embeddings {path} must hold one array of {N} rows, one for each of data.pt's item_ids[1:], in order.")
     return x.float()
-
 
 def from_endpoint(url, model, texts, batch):
     """Asks an OpenAI-compatible endpoint: POST {model, input: [texts]} -> {data: [{index, embedding}]}. -> (n, width)."""
@@ -149,7 +133,6 @@ def from_endpoint(url, model, texts, batch):
             fail(f"--embed-url {url} answered something else than {len(part)} embeddings of equal width: check --embed-model.")
     return torch.cat(vectors)
 
-
 def whiten(x):
     """PCA to at most WHITENED directions, each of variance 1. (n, width) -> (n, d).
 
@@ -159,131 +142,109 @@ def whiten(x):
     keep = S[:WHITENED] > 1e-4 * S[0]  # (d,)
     return (x - x.mean(0)) @ V[:WHITENED][keep].T / (S[:WHITENED][keep] / max(1, len(x) - 1) ** 0.5)
 
-
 # ---------------------------------------------------------------------------------------------------
 # Codes: residual k-means of any vectors (the same text in 02, 03 and 04)
 
-
 def codebook_size(N):
-    """K, our rule: the power of two nearest to sqrt(N), from 8 to 256 (the paper's, from 33,000 items on)."""
+    """K, our rule: the power of two nearest to sqrt(N), from 8 to 256, the paper's."""
     return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
 
-
-def nearest(x, codebook, chunk=65536):
-    """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)."""
+def nearest(x, codebook):
+    """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)"""
     half_norm = codebook.square().sum(1) / 2  # (K,)
-    return torch.cat([(half_norm - part @ codebook.T).argmin(1) for part in x.split(chunk)])  # (n,)
-
+    return torch.cat([(half_norm - part @ codebook.T).argmin(1) for part in x.split(65536)])
 
 def kmeans(x, K, rng, steps=30):
-    """Lloyd's k-means; a centroid that lost all members restarts at the vector that is served worst.
+    """Lloyd's algorithm; a centroid without members restarts at the vector that is served worst.
 
-    x: (n, d) -> codebook (K, d)."""
-    codebook = x[torch.randint(len(x), (K,), generator=rng)].clone() if len(x) < K else \
-        x[torch.randperm(len(x), generator=rng)[:K]].clone()  # (K, d)
+    x: (n, d) -> codebook (K, d)"""
+    start = torch.randperm(max(len(x), K), generator=rng)[:K] % len(x)  # (K,)
+    codebook = x[start].clone()  # (K, d)
     for _ in range(steps):
         codes = nearest(x, codebook)  # (n,)
         members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
         codebook = torch.where(members > 0, sums / members.clamp(min=1), codebook)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)
-        if 0 < len(empty) <= len(x):
-            worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
-            codebook[empty] = x[worst]
+        empty = (members[:, 0] == 0).nonzero()[:len(x), 0]  # (empty,)
+        worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
+        codebook[empty] = x[worst]
     return codebook
 
-
 def residual_kmeans(x, K, rng):
-    """A codebook for x, one for what it leaves, one for what that leaves. (n, d) -> codebooks (3, K, d)."""
+    """A codebook for x, one for what it leaves, one for what that leaves: (n, d) -> (3, K, d)"""
     codebooks = []
     for _ in range(3):
         codebooks.append(kmeans(x, K, rng))  # (K, d)
         x = x - codebooks[-1][nearest(x, codebooks[-1])]  # (n, d)
     return torch.stack(codebooks)  # (3, K, d)
 
-
 def quantise(x, codebooks):
-    """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l] (METHOD: section 2).
+    """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
 
-    x: (n, d), codebooks: (3, K, d) -> codes (n, 3)."""
+    x: (n, d), codebooks: (3, K, d) -> codes (n, 3)"""
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
         residual = residual - codebook[codes[-1]]  # (n, d)
     return torch.stack(codes, 1)  # (n, 3)
 
-
 def nearest_first(x, codebooks, prefix=()):
-    """The places of the tree, those near the vector x (d,) first: its own, then other last codes, ..."""
+    """All (c_1, c_2, c_3), the nearest to x (d,) first, level by level."""
     if len(prefix) == len(codebooks):
         yield prefix
         return
-    codebook = codebooks[len(prefix)]
-    for k in (x - codebook).square().sum(1).argsort(stable=True).tolist():
-        yield from nearest_first(x - codebook[k], codebooks, prefix + (k,))
+    distance = (x - codebooks[len(prefix)]).square().sum(1)  # (K,)
+    for k in distance.argsort(stable=True).tolist():
+        yield from nearest_first(x - codebooks[len(prefix)][k], codebooks, prefix + (k,))
 
+def number_in_group(group, order):
+    """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
+    order = order[group[order].argsort(stable=True)]  # (n,)
+    _, size = group[order].unique_consecutive(return_counts=True)  # (groups,)
+    number = torch.empty_like(group)  # (n,)
+    number[order] = torch.arange(len(group)) - (size.cumsum(0) - size).repeat_interleave(size)
+    return number
 
 def finish_codes(embeddings, known, codebooks, train_counts, rng):
-    """Semantic levels 1-3 and the collision level 4: every item gets a code that no other item has.
+    """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
 
-    An item that lacks the modality gets a random place in the tree (it may still be a target).
-    Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share them,
-    those with the largest residual move to the nearest prefix with room (empty-leaf redistribution).
-    embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d) -> codes int16 (N+1, 4), stats dict.
-    """
-    N, K = len(embeddings) - 1, codebooks.shape[1]
+    An item without this modality gets a random place in the tree: it may still be a target.
+    Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
+    it, those with the largest residual move to the nearest one with room (empty-leaf
+    redistribution). embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
+    -> codes int16 (N+1, 4), row 0 = -1, and statistics of the known items' codes."""
+    K = codebooks.shape[1]
     codes = quantise(embeddings, codebooks)  # (N+1, 3)
-    unknown = (~known).nonzero()[:, 0]  # (unknown,)
-    codes[unknown] = torch.randint(K, (len(unknown), 3), generator=rng)  # (unknown, 3)
-    place = torch.tensor([K * K, K, 1])  # (3,)
-    prefix = (codes * place).sum(1)  # (N+1,)
-    prefix[0] = -1                                                                  # padding is nobody
+    codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
     residual = embeddings - sum(C[codes[:, l]] for l, C in enumerate(codebooks))  # (N+1, d)
-
-    # Redistribution: keep the K best served items of an overflowing prefix, move the others.
-    by_residual = residual.square().sum(1).argsort()  # (N+1,)
-    room, moved = dict(), []
-    for item in by_residual[prefix[by_residual].argsort(stable=True)].tolist()[1:]:
-        leaf = int(prefix[item])
-        room[leaf] = room.get(leaf, K) - 1
-        if room[leaf] < 0:
-            moved.append(item)
+    worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
+    prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
+    prefix[0] = -1  # padding shares its place with nobody
+    moved = (number_in_group(prefix, worst_last) >= K).nonzero()[:, 0].tolist()
+    size = Counter(prefix.tolist()) if moved else {}
     for item in moved:
         for code in nearest_first(embeddings[item], codebooks):
-            leaf = (code[0] * K + code[1]) * K + code[2]
-            if room.get(leaf, K) > 0:
-                room[leaf] = room.get(leaf, K) - 1
-                codes[item], prefix[item] = torch.tensor(code), leaf
+            place = (code[0] * K + code[1]) * K + code[2]
+            if size[place] < K:
+                size[place] += 1
+                codes[item], prefix[item] = torch.tensor(code), place
                 break
 
-    # Level 4 counts the items of a prefix from 0, the most bought first, equal ones by item id.
-    order = (-train_counts.long()).argsort(stable=True)  # (N+1,)
-    order = order[prefix[order].argsort(stable=True)]  # (N+1,)
-    _, size = prefix[order].unique_consecutive(return_counts=True)  # (prefixes,)
-    start = (size.cumsum(0) - size).repeat_interleave(size)  # (N+1,)
-    number = torch.empty(N + 1, dtype=torch.long)  # (N+1,)
-    number[order] = torch.arange(N + 1) - start
-    codes = torch.cat([codes, number.unsqueeze(1)], 1)  # (N+1, 4)
+    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
+    codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
-
-    used = [codes[known, l].unique(return_counts=True)[1] for l in range(4)]
-    entropy = [-(n / n.sum() * (n / n.sum()).log()).sum() for n in used]
-    groups = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
-    stats = {"used": [len(n) / K for n in used], "perplexity": [math.exp(h) for h in entropy],
-             "unique": [float((n == 1).sum() / max(1, n.sum())) for n in groups],
-             "largest": [int(n.max()) if len(n) else 0 for n in groups], "moved": len(moved)}
+    use = [torch.bincount(codes[known, l], minlength=K).float() for l in range(4)]
+    entropy = [torch.special.entr(n / n.sum().clamp(min=1)).sum().item() for n in use]
+    shared = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
+    stats = {"used": [(n > 0).float().mean().item() for n in use],
+             "perplexity": [math.exp(h) for h in entropy], "moved": len(moved),
+             "unique": [(n == 1).sum().item() / max(1, n.sum().item()) for n in shared],
+             "largest": [max(n.tolist(), default=0) for n in shared]}
+    print(f"codes: {min(stats['used'][:3]):.0%} or more of {K} in use, {stats['unique'][2]:.0%} of "
+          f"the items alone after level 3, at most {stats['largest'][2]} together")
     return codes.to(torch.int16), stats
 
-
-def describe_codes(stats):
-    """What finish_codes counted, as one readable line."""
-    percent = lambda shares: ", ".join(f"{100 * share:.0f}" for share in shares)
-    return (f"codes: {percent(stats['used'][:3])} % of levels 1-3 in use, {percent(stats['unique'])} % of items alone "
-            f"after level 1, 2, 3; at most {stats['largest'][2]} share three levels; {stats['moved']} moved")
-
-
 # ---------------------------------------------------------------------------------------------------
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1],
@@ -334,11 +295,9 @@ def main(argv=None):
     codes, stats = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known, "stats": stats,
           "options": {**vars(args), "embeddings": str(args.embeddings)}}, run / "text_codes.pt")
-    print(describe_codes(stats))
     if len(items):  # what the first code means: items that share it
         same = items[codes[items, 0] == codes[items[0], 0]][:6]
         print(f"first code {codes[items[0], 0]}:\n  " + "\n  ".join(data["titles"][i] for i in same))
-
 
 if __name__ == "__main__":
     main()

@@ -187,7 +187,9 @@ def test_codes_are_the_argmin_chain_and_seeded(tmp_path):
     assert {n.split(".")[0] for n in curves["student"]} == {"backbone", "head"}
     same = [torch.equal(w, curves["student"][n]) for n, w in curves["teacher"].items()]
     assert not all(same), "the teacher lags behind the student"
-    dino.main(["--run", str(runs[1]), *TINY, "--init", str(runs[0] / "dino.pt")])
+    dino.main(["--run", str(runs[1]), *TINY, "--init", str(runs[0] / "dino.pt"), "--unquantised", "1",
+               "--local-crops", "0"])
+    check_codes(read(runs[1])[1], 24)
 
 
 def test_plain_is_dino_and_k_means(tmp_path):
