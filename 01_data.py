@@ -2,7 +2,7 @@
 
 Draws a toy shop, reads a folder, or downloads a category of Amazon Reviews 2023; drops malformed
 lines and repeats, keeps the 5-core, puts every user's events in order of time: the last one is
-for the test, the last but one for validation, the rest for training (METHOD: section 1).
+for the test, the last but one for validation, the rest for training.
 
     python 01_data.py                                       # the toy shop
     python 01_data.py --run runs/beauty --dataset Beauty_and_Personal_Care
@@ -45,13 +45,13 @@ TRIES, TIMEOUT = 8, (10, 60)        # of a transfer that breaks off; seconds: co
 # --- The toy shop -------------------------------------------------------------------------------
 # Colour and pattern are seen only in the picture, the material is named only in the text, the
 # circle shows only in what follows what. The next item is drawn from a softmax of the sum of:
-POPULARITY = 0.8    # -POPULARITY * log(rank): Zipf's law, a few items sell and most are rare
-TASTE = {"colour": 1.6, "pattern": 1.6, "material": 1.8}    # the item has the customer's favourite
-COMPANION = 3.0     # the item is of the circle that goes with the circle of the previous item
-FOLLOWING = 0.8     # the item is of the category that follows the previous item's category
+POPULARITY = 0.5    # -POPULARITY * log(rank): Zipf's law, a few items sell and most are rare
+TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}    # the item has the customer's favourite
+COMPANION = 4.5     # the item is of the circle that goes with the circle of the previous item
+FOLLOWING = 0.5     # the item is of the category that follows the previous item's category
 WHIM = 0.1          # share of events that ignore all this: any item, equally likely
 INCOMPLETE = 0.05   # share of items without picture; the same share has no description
-CIRCLES = 40        # hidden groups of companions
+CIRCLES = 25        # hidden groups of companions
 
 COLOURS = "red amber lime green cyan blue violet magenta".split()   # eight hues, evenly spaced
 PATTERNS = {"plain": lambda x, y: x < 0, "stripes": lambda x, y: y % 1 < 0.5,  # where to paint pale
@@ -67,7 +67,7 @@ SHAPES = {"bag": "04 24 31 61 74 94 99 09", "bottle": "40 50 53 73 79 29 23 43",
           "tray": "02 92 87 17", "vase": "20 70 63 96 79 29 06 33"}
 MATERIALS = "cotton wool linen leather oak bamboo steel brass glass ceramic".split()
 MAKERS = "Alder Brook Calder Dunmore Elmway Fenwick Garrow Hollis Ivesen Kestrel".split()
-TITLES = ("{maker} {category}, {material}", "A {category} by {maker}", "The {maker} {category}")
+TITLES = ("{maker} {material} {category}", "A {category} by {maker}", "The {maker} {category}")
 ABOUT = ("{maker} makes this {category} from chosen {material}. It ships within two days.",
          "A {category} of {material}, made to be used every day.", "Finished by hand: {material}.")
 
@@ -371,6 +371,7 @@ def main(argv=None):
     add("--ties", choices=("shuffle", "file"), default="shuffle", help="order of equal times")
     add("--image-size", type=int, default=0, help="S (0: 32 for toy, 64 for others)")
     add("--seed", type=int, default=0, help="of the toy shop, of ties, of --max-users")
+    add("--device", default="auto", help="as in the other scripts; this one needs the CPU only")
     add("--smoke", action="store_true", help="seconds: 60 items, 200 users")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(max_items=60, max_users=200)

@@ -1,27 +1,27 @@
-"""Text codes: a sentence embedding of title, categories and description, cut into codes by residual k-means.
+"""Text codes: a sentence embedding of title, categories and description, cut into codes.
 
-The embedding comes through one of three doors: a built-in encoder (tf-idf over words, word pairs and letter n-grams,
-then a randomised SVD; nothing to download), a file of vectors that you made, or an OpenAI-compatible embeddings
-endpoint (Ollama, vLLM, llama.cpp, text-embeddings-inference). The codes are those of 02: r_0 = e_i,
-c_l = argmin_k ||r_{l-1} - C_l[k]||^2, r_l = r_{l-1} - C_l[c_l]  (MSCGRec, arXiv 2602.03713, the text modality).
+The embedding comes through one of three doors: a built-in encoder (tf-idf, then a randomised SVD;
+nothing to download), a file of vectors that you made, or an OpenAI-compatible embeddings endpoint
+(Ollama, vLLM, llama.cpp, text-embeddings-inference). The codes are made like those of 02: r_0 =
+e_i; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l] (MSCGRec, arXiv 2602.03713).
 
-    python 04_text_codes.py                                       # TODO seconds on 2 CPU cores
-    python 04_text_codes.py --embeddings vectors.npy              # (N, any width), in the order of data.pt's item_ids
-    python 04_text_codes.py --embed-url http://localhost:11434/v1/embeddings --embed-model nomic-embed-text
+    python 04_text_codes.py                            # after 01_data.py
+    python 04_text_codes.py --embeddings vectors.npy   # (N, any width), a row for each item
+    python 04_text_codes.py --embed-url http://localhost:11434/v1/embeddings
 
 reads   data.pt
 writes  text_codes.pt
-          codes             int16 (N+1, L)          row 0 = -1; level 4 separates collisions
-          codebooks         float32 (3, K, d)
-          embeddings        float32 (N+1, d)        standardised; zero where there is no text
-          known             bool (N+1)              the item has a text
-          stats             dict                    use, perplexity, uniqueness, moved items
-          options           dict                    the options of this run
-"""
+          codes        int16 (N+1, L)     row 0 = -1; level 4 separates collisions
+          codebooks    float32 (3, K, d)
+          embeddings   float32 (N+1, d)   standardised; zero where there is no text
+          known        bool (N+1)         the item has a text, or a vector in --embeddings
+          stats        dict               use, perplexity, uniqueness, moved items
+          options      dict               the options of this run
 
-import argparse, math, os, pathlib, re, sys, time, zlib
+minutes: TODO
+"""
+import argparse, functools, math, os, pathlib, re, sys, time, zlib
 from collections import Counter
-from functools import lru_cache
 
 import numpy as np
 import requests
@@ -29,13 +29,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-WIDTH = 64         # dimensions of the built-in embedding, at the most: in 256 k-means piles up the short texts
+WIDTH = 64         # dimensions of the built-in embedding; with 256, k-means piles up short texts
 BUCKETS = 2 ** 20  # features are numbered by a hash: no vocabulary to keep
-WHITENED = 128     # principal directions kept of a language model's vectors
+WHITENED = 128     # principal directions kept of a language model's vectors, at the most
+RETRIES = 50       # failed requests that one run forgives an endpoint, at most four in a row
 
-# ---------------------------------------------------------------------------------------------------
-# Files
-
+# --- Files ---------------------------------------------------------------------------------------
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
@@ -59,92 +58,92 @@ def save(artifact, path):
         os.fsync(file.fileno())
     os.replace(partial, path)
 
-# ---------------------------------------------------------------------------------------------------
-# Three doors to an embedding
-
-@lru_cache(maxsize=1_000_000)
+# --- Three doors to an embedding -----------------------------------------------------------------
+@functools.lru_cache(maxsize=100_000)
 def letters(word):
-    """A word and its letter n-grams, n = 3..5, as feature numbers: `stripe` and `striped` share most of them."""
+    """Feature numbers of a word and its letter n-grams, n = 3..5: `stripe` is near `striped`."""
     marked = f"<{word}>"
     grams = {marked[i:i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)}
-    return [zlib.crc32(gram.encode()) % BUCKETS for gram in {word, *grams}]
+    # Sorted: Python's sets of strings change their order with every start, and sums with it.
+    return [zlib.crc32(gram.encode()) % BUCKETS for gram in sorted({word, *grams})]
 
 def tf_idf(texts):
-    """Sublinear tf-idf, rows of unit length: weight = (1 + log tf) * (log((1 + n) / (1 + df)) + 1).
-
-    Features: words, pairs of neighbours, letter n-grams. texts: n strings -> sparse (n, features)."""
+    """Sublinear tf-idf, rows of unit length: (1 + log tf) * (log((1 + n) / (1 + df)) + 1).
+    Features: words, pairs of neighbours, letter n-grams. n strings -> sparse (n, features)"""
     row, column, tf = [], [], []
-    for i, text in enumerate(tqdm(texts, "counting words", leave=False)):
+    for i, text in enumerate(tqdm(texts, "counting words", leave=False, disable=None)):
         words = re.findall(r"\w+", text.lower())
-        features = [f for word in words for f in letters(word)]
-        features += [zlib.crc32(" ".join(pair).encode()) % BUCKETS for pair in zip(words, words[1:])]
-        counts = Counter(features)
+        pairs = [zlib.crc32(" ".join(p).encode()) % BUCKETS for p in zip(words, words[1:])]
+        counts = Counter(pairs + [feature for word in words for feature in letters(word)])
         row.append(np.full(len(counts), i))
         column.append(np.fromiter(counts.keys(), np.int64, len(counts)))
         tf.append(np.fromiter(counts.values(), np.float32, len(counts)))
-    row, column, tf = (torch.from_numpy(np.concatenate(part)) for part in (row, column, tf))  # (entries,) each
-    _, column, df = column.unique(return_inverse=True, return_counts=True)  # (entries,), (features,)
+    row, column, tf = (torch.from_numpy(np.concatenate(part)) for part in (row, column, tf))
+    _, column, df = column.unique(return_inverse=True, return_counts=True)  # df: (features,)
     weight = (1 + tf.log()) * (((1 + len(texts)) / (1 + df)).log() + 1)[column]  # (entries,)
     norm = torch.zeros(len(texts)).index_add_(0, row, weight.square()).sqrt()  # (n,)
-    return torch.sparse_coo_tensor(torch.stack([row, column]), weight / norm[row], (len(texts), len(df)))
+    return torch.sparse_coo_tensor(torch.stack([row, column]), weight / norm[row],
+                                   (len(texts), len(df)), check_invariants=True)
 
 def built_in(texts):
-    """Latent semantic analysis: texts -> (n, d), the tf-idf rows in their d principal directions."""
+    """Latent semantic analysis: the tf-idf rows in their d principal directions. -> (n, d)"""
     matrix = tf_idf(texts)  # (n, features)
     d = min(WIDTH, *matrix.shape)
     U, S, _ = torch.svd_lowrank(matrix, q=min(d + 10, *matrix.shape), niter=4)  # randomised SVD
     return F.normalize((U * S)[:, :d], dim=1)  # (n, d)
 
 def from_file(path, N):
-    """Vectors that somebody else made, a row an item. -> (N, width)."""
+    """Vectors that somebody else made, a row an item; zeros: nothing is known. -> (N, width)"""
     try:
         x = torch.from_numpy(np.load(path, allow_pickle=False)) if path.suffix == ".npy" else \
             torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        fail(f"--embeddings {path} cannot be read ({type(error).__name__}): it must be a .npy array or a .pt tensor.")
-    if not torch.is_tensor(x) or x.ndim != 2 or len(x) != N:
-        fail(f"--embeddings {path} must hold one array of {N} rows, one for each of data.pt's item_ids[1:], in order.")
-    return x.float()
+        fail(f"--embeddings {path} cannot be read ({type(error).__name__}): give a .npy or .pt.")
+    if not torch.is_tensor(x) or x.ndim != 2 or len(x) != N or not x.shape[1]:
+        fail(f"--embeddings {path} must be {N} rows of numbers, in data.pt's order: item_ids[1:].")
+    return x.detach().float()
 
 def from_endpoint(url, model, texts, batch):
-    """Asks an OpenAI-compatible endpoint: POST {model, input: [texts]} -> {data: [{index, embedding}]}. -> (n, width)."""
-    headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"} if "OPENAI_API_KEY" in os.environ else {}
-    vectors = []
-    for i in tqdm(range(0, len(texts), batch), "asking for embeddings", leave=False):
-        part = texts[i:i + batch]
-        for attempt in range(5):
+    """Asks an OpenAI-compatible endpoint: POST {model, input: [texts]}
+    -> {data: [{index, embedding}, ...]}, in any order. -> (n, width)"""
+    headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    vectors, failures = [], 0
+    for i in tqdm(range(0, len(texts), batch), "embedding texts", leave=False, disable=None):
+        ask = {"model": model, "input": texts[i:i + batch]}
+        for wait in (1, 2, 4, 8, 0):  # seconds; 0: give up
             try:
-                reply = requests.post(url, json={"model": model, "input": part}, headers=headers, timeout=(10, 120))
-                if reply.status_code != 429 and reply.status_code < 500:
+                reply = requests.post(url, json=ask, headers=headers, timeout=(10, 120))
+                if reply.ok:
                     break
-                problem = f"status {reply.status_code}"
-            except requests.RequestException as error:
-                reply, problem = None, type(error).__name__
-            time.sleep(2 ** attempt)
-        else:
-            fail(f"--embed-url {url} did not answer five times ({problem}): is the server running?")
-        if not reply.ok:
-            fail(f"--embed-url {url} refused (status {reply.status_code}): {reply.text[:200]}")
+                problem = f"{reply.status_code} {' '.join(reply.text[:200].split())}"
+                transient = reply.status_code == 429 or reply.status_code >= 500
+            except requests.RequestException as error:  # a ValueError: the address makes no sense
+                problem, transient = type(error).__name__, not isinstance(error, ValueError)
+            failures += 1
+            if not transient or not wait or failures > RETRIES:
+                fail(f"--embed-url {url} does not answer ({problem}): is the server running?")
+            time.sleep(wait)
         try:
-            rows = sorted(reply.json()["data"], key=lambda entry: entry["index"])
-            vectors.append(torch.tensor([entry["embedding"] for entry in rows], dtype=torch.float32))  # (batch, width)
-            assert len(rows) == len(part)
-        except (ValueError, KeyError, TypeError, AssertionError):
-            fail(f"--embed-url {url} answered something else than {len(part)} embeddings of equal width: check --embed-model.")
+            answer = {row["index"]: row["embedding"] for row in reply.json()["data"]}
+            x = torch.tensor([answer[j] for j in range(len(answer))]).float()  # (batch, width)
+        except (ValueError, KeyError, TypeError, RuntimeError):
+            x = torch.zeros(0)
+        if not x.numel() or x.shape != (len(ask["input"]), (vectors or [x])[0].shape[-1]):
+            fail(f"--embed-url {url} did not give a vector for each text: check --embed-model.")
+        vectors.append(x)
     return torch.cat(vectors)
 
 def whiten(x):
-    """PCA to at most WHITENED directions, each of variance 1. (n, width) -> (n, d).
-
-    A language model's vectors lie in a narrow cone, a few directions holding most of the variance: k-means would
-    cut those again and again, and unlike items would share codes."""
+    """PCA to at most WHITENED directions, each of variance 1. A language model's vectors lie in a
+    narrow cone, a few directions holding most of the variance: k-means would cut those again and
+    again, and unlike items would share codes. (n, width) -> (n, d)"""
     _, S, V = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    keep = S[:WHITENED] > 1e-4 * S[0]  # (d,)
-    return (x - x.mean(0)) @ V[:WHITENED][keep].T / (S[:WHITENED][keep] / max(1, len(x) - 1) ** 0.5)
+    keep = S[:WHITENED] > max(1e-4 * S[0], 1e-6 * x.norm())  # less is rounding
+    if not keep.any():  # one item, or all vectors equal
+        return torch.zeros(len(x), 1)
+    return (x - x.mean(0)) @ V[:WHITENED][keep].T * (len(x) - 1) ** 0.5 / S[:WHITENED][keep]
 
-# ---------------------------------------------------------------------------------------------------
-# Codes: residual k-means of any vectors (the same text in 02, 03 and 04)
-
+# --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
 def codebook_size(N):
     """K, our rule: the power of two nearest to sqrt(N), from 8 to 256, the paper's."""
     return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
@@ -244,60 +243,58 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
           f"the items alone after level 3, at most {stats['largest'][2]} together")
     return codes.to(torch.int16), stats
 
-# ---------------------------------------------------------------------------------------------------
-
+# -------------------------------------------------------------------------------------------------
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
-    add("--device", default="auto", help="accepted like in the other scripts; this one computes on the CPU")
+    add("--device", default="auto", help="as in the other scripts; this one computes on the CPU")
     add("--smoke", action="store_true", help="tiny sizes: nothing to make smaller here")
-    add("--embeddings", type=pathlib.Path, help="file of ready vectors, .npy or .pt, (N, any width)")
-    add("--embed-url", help="address of an OpenAI-compatible embeddings endpoint; its key is read from OPENAI_API_KEY")
+    add("--embeddings", help="file of ready vectors: .npy or .pt, N rows")
+    add("--embed-url", help="OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY")
     add("--embed-model", default="nomic-embed-text", help="model that the endpoint is asked for")
     add("--embed-batch", type=int, default=64, help="texts in one request")
     args = parser.parse_args(argv)
-
+    if args.embed_batch < 1 or args.embeddings and args.embed_url:
+        fail("--embed-batch starts at 1, and --embeddings and --embed-url exclude each other.")
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     torch.manual_seed(args.seed)
     data = load(run / "data.pt", "01_data.py")
     N = len(data["item_ids"]) - 1
-    texts = [". ".join(filter(None, [title, ", ".join(categories), text]))
-             for title, categories, text in zip(data["titles"], data["categories"], data["texts"])]
+    texts = [". ".join(filter(None, [title, ", ".join(categories), text])) for title, categories,
+             text in zip(data["titles"], data["categories"], data["texts"])]  # N+1
     known = torch.tensor([bool(re.search(r"\w", text)) for text in texts])  # (N+1,)
-    items = known.nonzero()[:, 0]  # items that have a text; (n,)
-    print(f"{len(items)} of {N} items have a text, for example: {texts[items[0]][:150]!r}" if len(items) else
-          "no item has a text: every code is a random place in the tree, and the modality counts as missing.")
-
     if args.embeddings:
-        x = from_file(args.embeddings, N)  # (N, width)
-        known = F.pad(x.abs().sum(1) > 0, (1, 0))  # a row of zeros: nothing is known of this item; (N+1,)
-        items = known.nonzero()[:, 0]  # (n,)
-        x = x[items - 1]  # (n, width)
-    elif not len(items):
-        x = torch.zeros(0, 1)  # (n, 1)
+        x = F.pad(from_file(pathlib.Path(args.embeddings), N), (0, 0, 1, 0))  # (N+1, width)
+        known = (x != 0).any(1)  # (N+1,); true of NaN too, which is refused below
+    items = known.nonzero()[:, 0]  # (n,)
+    texts = [texts[i] for i in items]  # n
+    print(f"{len(items)} of {N} items are known, for example: {texts[0][:150]!r}" if len(items) else
+          "Nothing is known of any item: every code is a random place in the tree.")
+    if not len(items):
+        x = torch.zeros(0, 1)  # (n, d)
+    elif args.embeddings:
+        x = x[items]  # (n, width)
     elif args.embed_url:
-        x = from_endpoint(args.embed_url, args.embed_model, [texts[i] for i in items], args.embed_batch)  # (n, width)
+        x = from_endpoint(args.embed_url, args.embed_model, texts, args.embed_batch)  # (n, width)
     else:
-        x = built_in([texts[i] for i in items])  # (n, d)
-    bad = (~x.isfinite()).any(1).nonzero()[:, 0]  # (bad,)
+        x = built_in(texts)  # (n, d)
+    bad = items[~x.isfinite().all(1)]  # (bad,)
     if len(bad):
-        fail(f"the embedding of item {data['item_ids'][items[bad[0]]]} is not finite, and {len(bad) - 1} others: mend them.")
-    if len(x) and (args.embeddings or args.embed_url):
+        fail(f"The vector of item {data['item_ids'][bad[0]]} holds NaN or infinity: make it again.")
+    if len(items) and (args.embeddings or args.embed_url):
         x = whiten(x)  # (n, d)
 
+    x, K = x - x.mean(0), codebook_size(N)  # (n, d)
     embeddings = torch.zeros(N + 1, x.shape[1])  # (N+1, d)
-    embeddings[items] = (x - x.mean(0)) / x.std().clamp(min=1e-6)
-    K = codebook_size(N)
-    codebooks = residual_kmeans(embeddings[items], K, rng) if len(items) else torch.zeros(3, K, 1)  # (3, K, d)
-    codes, stats = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)
-    save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known, "stats": stats,
-          "options": {**vars(args), "embeddings": str(args.embeddings)}}, run / "text_codes.pt")
-    if len(items):  # what the first code means: items that share it
-        same = items[codes[items, 0] == codes[items[0], 0]][:6]
-        print(f"first code {codes[items[0], 0]}:\n  " + "\n  ".join(data["titles"][i] for i in same))
+    embeddings[items] = x / x.square().mean().sqrt().clamp(min=1e-6)  # one scale: codes stay
+    codebooks = residual_kmeans(embeddings[items], K, rng) if len(items) else torch.zeros(3, K, 1)
+    codes, stats = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, L)
+    save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
+          "stats": stats, "options": vars(args)}, run / "text_codes.pt")
+    same = items[codes[items, 0] == codes[items[:1], 0]][:6]  # (at most 6,)
+    print("items of one first code: " + " | ".join(data["titles"][i] for i in same))
 
 if __name__ == "__main__":
     main()

@@ -98,7 +98,6 @@ class Trie:
     allowed[l]  uint8 (nodes_l, K / 8)  A(c_<l): the codes that continue each prefix, one bit a code
     path        int64 (N+1, L)          the node of an item's prefix of l codes, l = 0..L-1
     leaf_item   int64 (N,)              the item of each leaf"""
-
     def __init__(self, codes, K):
         codes, self.K, self.L = codes[1:].long(), K, codes.shape[1]
         self.keys, self.allowed, path = [], [], []
@@ -148,7 +147,6 @@ class RelativeBias(nn.Module):
     i and j are the places of the query's and the key's item in the history; a slot is a (modality,
     level) inside an item. Buckets are exact up to BUCKETS / 2, then logarithmic. Later items get
     -inf: an item sees itself and earlier ones, so one pass trains on all prefixes of a history."""
-
     def __init__(self, H, query_slots, key_slots):
         super().__init__()
         self.item = nn.Parameter(torch.zeros(H, BUCKETS))
@@ -184,7 +182,6 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Attention to the same sequence, to the encoder's output (in the decoder), and a feed-forward
     layer: each reads the normalised stream and adds to it."""
-
     def __init__(self, size, decoder):
         super().__init__()
         E = size.width
@@ -213,7 +210,6 @@ class Generator(nn.Module):
     """Row (d * L + l) * K + k of the token table is code k of level l of modality d; then come a
     mask token for each modality, and the start token. item_tokens: (N+1, D, L), what a history
     shows of an item; target_tokens: (N+1, L), what is written; codebooks: D of (3, K, d)."""
-
     def __init__(self, item_tokens, target_tokens, codebooks, size):
         super().__init__()
         (_, D, L), K, E, H = item_tokens.shape, codebooks[0].shape[1], size.width, size.heads
@@ -313,9 +309,10 @@ def recommend(model, trie, data, split, users, args, device):
     return items, scores
 
 def find_items(words, data):
-    """Item numbers for "title or id, ...": an id, a title, or a part that only one title has."""
+    """Item numbers for "title or id, ..." (or ; between titles with commas). A part will do."""
     items, names = [], [(i.lower(), t.lower()) for i, t in zip(data["item_ids"], data["titles"])]
-    for word in filter(None, (part.strip().lower() for part in words.split(","))):
+    parts = words.lower().split(";" if ";" in words else ",")
+    for word in filter(None, map(str.strip, parts)):
         same = [i for i, name in enumerate(names) if word in name][:1]
         found = same or [i for i, (_, title) in enumerate(names) if word in title]
         if len(found) != 1:
@@ -345,19 +342,23 @@ def main(argv=None):
     add("--inner", type=int, default=256, help="width inside the feed-forward layers")
     add("--dropout", type=float, default=0.1, help="share of activations dropped in training")
     add("--lr", type=float, default=2e-3, help="learning rate of AdamW")
-    add("--batch", type=int, default=512, help="targets a training step")
-    add("--epochs", type=int, default=25, help="at the most")
+    add("--batch", type=int, default=128, help="targets a training step")
+    add("--epochs", type=int, default=15, help="at the most")
     add("--patience", type=int, default=5, help="epochs without a better NDCG@10 before it stops")
     add("--beam", type=int, default=20, help="prefixes kept in the search = items recommended")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=1, width=16, layers=1, heads=2, inner=32)
     args = parser.parse_args(argv)
+    run = pathlib.Path(args.run)
+    if args.history is not None:  # the model as it was trained
+        saved = load(run / f"generator-{args.name}.pt", f"05_generator.py --name {args.name}")
+        vars(args).update(saved["options"] | {"run": args.run, "history": args.history})
     modalities = args.modalities.split(",")
     if args.target not in modalities:
         fail(f"--target {args.target} is not among --modalities {args.modalities}: add it there.")
     if min(args.length, args.layers, args.batch, args.epochs, args.beam) < 1:
         fail("--length, --layers, --batch, --epochs and --beam start at 1.")
-    run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed)
     device = torch.device(args.device if args.device != "auto" else
                           torch.accelerator.current_accelerator(check_available=True) or "cpu")
     torch.manual_seed(args.seed)
@@ -381,11 +382,7 @@ def main(argv=None):
     parameters = sum(p.numel() for p in model.parameters())
 
     if args.history is not None:
-        saved = load(run / f"generator-{args.name}.pt", f"05_generator.py --name {args.name}")
-        try:
-            model.load_state_dict(saved["weights"])
-        except RuntimeError:
-            fail(f"generator-{args.name}.pt needs the options of its training: {saved['options']}")
+        model.load_state_dict(saved["weights"])
         history = torch.tensor([find_items(args.history, data)[-args.length:]], device=device)
         best, score = beam_search(model.eval(), trie, history, args.beam)  # (1, beam) both
         print("after  " + "\n       ".join(data["titles"][i] for i in history[0]))

@@ -36,8 +36,8 @@ def test_docstring_contracts_match_the_files(smoke):
         docstring = ast.get_docstring(ast.parse(script.read_text()), clean=False)
         file = None
         found = {}
-        for line in docstring.split("writes", 1)[1].split("\n"):
-            name = re.match(r"^(?:        | )\s?(\S+\.(?:pt|md))", line)
+        for line in docstring[docstring.index("\nwrites") + 1:].split("\n"):
+            name = re.match(r"^(?:        |writes  )(\S+\.(?:pt|md))", line)
             if name:
                 file = name.group(1)
                 if file.endswith(".pt"):
@@ -176,7 +176,7 @@ def test_predictions_are_real_items_without_repeats(smoke):
 def test_history_prints_titles(smoke):
     run, _ = smoke
     data = load(run / "data.pt")
-    shown = run_script(5, "--run", run, "--smoke", "--history", f"{data['item_ids'][3]}, {data['titles'][5]}")
+    shown = run_script(5, "--run", run, "--smoke", "--history", f"{data['item_ids'][3]}; {data['item_ids'][5].upper()}")
     assert shown.returncode == 0, shown.stderr
     assert data["titles"][3] in shown.stdout and "%" in shown.stdout
     unclear = run_script(5, "--run", run, "--smoke", "--history", "no such title")
