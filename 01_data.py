@@ -42,7 +42,22 @@ HOSTS = ["https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw",
 RETRY = requests.adapters.Retry(4, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))
 TRIES, TIMEOUT = 8, (10, 60)        # of a transfer that breaks off; seconds: connect, next bytes
 
-# --- The toy shop -------------------------------------------------------------------------------
+# --- Files ---------------------------------------------------------------------------------------
+def fail(message):
+    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+def save(artifact, path):
+    """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(artifact, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+# --- The toy shop --------------------------------------------------------------------------------
 # Colour and pattern are seen only in the picture, the material is named only in the text, the
 # circle shows only in what follows what. The next item is drawn from a softmax of the sum of:
 POPULARITY = 0.5    # -POPULARITY * log(rank): Zipf's law, a few items sell and most are rare
@@ -71,7 +86,6 @@ TITLES = ("{maker} {material} {category}", "A {category} by {maker}", "The {make
 ABOUT = ("{maker} makes this {category} from chosen {material}. It ships within two days.",
          "A {category} of {material}, made to be used every day.", "Finished by hand: {material}.")
 
-
 def draw(look, S):
     """Draws, say, "bag red dots 17" at 3 S; 17 seeds what is chance: size, place, tint, noise."""
     category, colour, pattern, seed = look.split()
@@ -85,9 +99,8 @@ def draw(look, S):
     ink = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 1), rng.uniform(0.7, 0.95)))
     paper = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.15), 0.95))
     pixels = np.where(PATTERNS[pattern](x, y)[..., None], 0.4 * ink + 0.6 * 255, ink)
-    pixels = np.where(np.array(mask)[..., None] > 0, pixels, paper)                # (3S, 3S, 3)
+    pixels = np.where(np.array(mask)[..., None] > 0, pixels, paper)  # (3S, 3S, 3)
     return Image.fromarray((pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8))
-
 
 def toy_shop(n, U, seed):
     """-> events and catalogue as a shop would log them, and the truth behind them."""
@@ -95,17 +108,17 @@ def toy_shop(n, U, seed):
     words = dict(category=list(SHAPES), colour=COLOURS, pattern=list(PATTERNS),
                  material=MATERIALS, circle=range(CIRCLES))
     truth = {name: rng.integers(len(values), size=n) for name, values in words.items()}  # (n,) each
-    taste = np.tile(-POPULARITY * np.log(1 + rng.permutation(n)), (U, 1))          # (U, n)
+    taste = np.tile(-POPULARITY * np.log(1 + rng.permutation(n)), (U, 1))  # (U, n)
     for name, weight in TASTE.items():
         taste += weight * (truth[name] == rng.integers(len(words[name]), size=(U, 1)))
     companion, following = rng.permutation(CIRCLES), rng.permutation(len(SHAPES))
-    lengths = np.minimum(4 + rng.geometric(1 / 4.5, U), min(20, n))                # (U,)
-    walked = np.full((U, 20), -1)                                                  # (U, 20)
+    lengths = np.minimum(4 + rng.geometric(1 / 4.5, U), min(20, n))  # (U,)
+    walked = np.full((U, 20), -1)  # (U, 20)
     for t in range(lengths.max()):          # all customers take their step t at once
-        active = np.flatnonzero(lengths > t)                                       # (active,)
-        score = taste[active]                                                      # (active, n)
+        active = np.flatnonzero(lengths > t)  # (active,)
+        score = taste[active]  # (active, n)
         if t > 0:
-            previous = walked[active, t - 1, None]                                 # (active, 1)
+            previous = walked[active, t - 1, None]  # (active, 1)
             score += COMPANION * (truth["circle"] == companion[truth["circle"][previous]])
             score += FOLLOWING * (truth["category"] == following[truth["category"][previous]])
         score[rng.random(len(active)) < WHIM] *= 1e-9   # all alike; what was taken stays -inf
@@ -125,8 +138,7 @@ def toy_shop(n, U, seed):
                           "images": [{"large": look}] * (rng.random() > INCOMPLETE)})
     return events, catalogue, {name: values.tolist() for name, values in truth.items()}
 
-
-# --- Reading: one dict a line, whatever the format ----------------------------------------------
+# --- Reading: one dict a line, whatever the format -----------------------------------------------
 def rows(path, counts):
     """Yields the records of a .jsonl or .csv, perhaps packed as .gz; counts malformed lines."""
     with open(path, "rb") as raw, tqdm.wrapattr(raw, "read", total=path.stat().st_size,
@@ -147,11 +159,9 @@ def rows(path, counts):
             except (ValueError, RecursionError, csv.Error):
                 counts[f"{path.name}: malformed line"] += 1
 
-
 def item_of(row):
     """The item's id, as Amazon Reviews 2023, its older releases and PixelRec name it."""
     return row.get("parent_asin", row.get("asin", row.get("item_id")))
-
 
 def read_events(source, counts):
     """Of each event three integers stay in memory, of each id one string.
@@ -173,7 +183,6 @@ def read_events(source, counts):
         item.append(items.setdefault(str(what), len(items)))
     counts["events: well-formed"] = len(time)
     return np.array(user), np.array(item), np.array(time), list(users), list(items)
-
 
 def download(session, url, path):
     """Fetches url, going on where an earlier try broke off. Raises requests.RequestException."""
@@ -202,7 +211,6 @@ def download(session, url, path):
             return os.replace(partial, path)            # it gets its name when it is complete
     raise requests.ConnectionError(f"{url} broke off {TRIES} times")
 
-
 def fetch_category(category, session, hosts, folder):
     """Downloads what the folder lacks of the two files of a category of Amazon Reviews 2023."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -217,7 +225,6 @@ def fetch_category(category, session, hosts, folder):
                 problem = error
         if not path.exists():
             fail(f"{path} cannot be had ({problem}): check the category, the network, --base-url.")
-
 
 def open_folder(folder, session, counts):
     """-> events and catalogue (one dict a line), and what opens an item's picture."""
@@ -237,8 +244,7 @@ def open_folder(folder, session, counts):
                 return Image.open(f"{folder}/{at}")
     return rows(events[0], counts), rows(tables[0], counts), find
 
-
-# --- The rules ----------------------------------------------------------------------------------
+# --- The rules -----------------------------------------------------------------------------------
 def k_core(user, item, k):
     """Drops users and items with too few events until none is left. -> the events that stay."""
     kept, before = np.arange(len(user)), -1
@@ -247,13 +253,11 @@ def k_core(user, item, k):
         kept = kept[(np.bincount(u)[u] >= max(k, MIN_EVENTS)) & (np.bincount(i)[i] >= k)]
     return kept
 
-
 def renumber(number, names):
     """Counts those that are left from 0, in sorted order of their id. -> numbers (events,), ids."""
     left, number = np.unique(number, return_inverse=True)
     order = sorted(range(len(left)), key=lambda i: names[left[i]])
     return np.argsort(order)[number], [names[left[i]] for i in order]
-
 
 def arrange(user, item, time, user_ids, item_ids, args, counts):
     """Order, repeats, sample, k-core. -> events int32 (events), offsets int64 (U+1), both ids."""
@@ -281,18 +285,16 @@ def arrange(user, item, time, user_ids, item_ids, args, counts):
     user, user_ids = renumber(user, user_ids)
     item, item_ids = renumber(item, item_ids)
     by_user = np.argsort(user, kind="stable")
-    offsets = np.concatenate([[0], np.bincount(user).cumsum()])                    # (U+1,)
+    offsets = np.concatenate([[0], np.bincount(user).cumsum()])  # (U+1,)
     return (1 + item[by_user]).astype(np.int32), offsets, user_ids, item_ids
 
-
-# --- Texts and pictures of the items that are left ------------------------------------------------
+# --- Texts and pictures of the items that are left -----------------------------------------------
 def strings(value):
     """A real catalogue holds null, a string, a list or a list of lists in one field."""
     if isinstance(value, list):
         return [text for part in value for text in strings(part)]
     text = " ".join(str(value).split()) if isinstance(value, (str, int)) else ""
     return [text.encode("utf-8", "replace").decode()] if text else []
-
 
 def read_catalogue(source, item_ids, counts):
     """-> titles, texts, categories, pictures (address, path or look; "": none): lists (N+1)."""
@@ -313,7 +315,6 @@ def read_catalogue(source, item_ids, counts):
     counts["items: not in the catalogue"] = len(number)
     return titles, texts, categories, pictures
 
-
 def write_images(path, find, item_ids, pictures, S, counts):
     """Squeezes every picture to S x S, into a file rather than into memory. -> has_image (N+1,)."""
     def put(i):
@@ -324,7 +325,7 @@ def write_images(path, find, item_ids, pictures, S, counts):
             image.draft("RGB", (2 * S, 2 * S))          # a JPEG decodes at 1/2, 1/4, 1/8 for less
             image = image.convert("RGBA").resize((S, S), Image.Resampling.LANCZOS)
             image = Image.alpha_composite(Image.new("RGBA", (S, S), "white"), image)
-            images[i] = torch.from_numpy(np.array(image)[..., :3]).permute(2, 0, 1)    # (3, S, S)
+            images[i] = torch.from_numpy(np.array(image)[..., :3]).permute(2, 0, 1)  # (3, S, S)
             return "picture"
         except Exception as error:          # Pillow has no one error for a broken picture
             return f"picture lost ({type(error).__name__})"
@@ -332,31 +333,14 @@ def write_images(path, find, item_ids, pictures, S, counts):
     with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as tmp, \
             multiprocessing.pool.ThreadPool(WORKERS) as pool:
         images = torch.from_file(f"{tmp}/map", True, 3 * S * S * len(pictures), dtype=torch.uint8)
-        images = images.view(-1, 3, S, S)                                          # (N+1, 3, S, S)
+        images = images.view(-1, 3, S, S)  # (N+1, 3, S, S)
         state = pool.imap(put, range(1, len(pictures)), chunksize=16)
         state = [*tqdm(state, "pictures", len(item_ids), disable=None)]
         save({"images": images}, path)
     counts.update(f"items: {s}" for s in state)
-    return torch.tensor([s == "picture" for s in [""] + state])                    # (N+1,)
+    return torch.tensor([s == "picture" for s in [""] + state])  # (N+1,)
 
-
-# --- The script ---------------------------------------------------------------------------------
-def fail(message):
-    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
-    print(message, file=sys.stderr)
-    sys.exit(2)
-
-
-def save(artifact, path):
-    """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(artifact, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
+# --- The script ----------------------------------------------------------------------------------
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -396,8 +380,8 @@ def main(argv=None):
     events, offsets, user_ids, item_ids = arrange(*read_events(events, counts), args, counts)
     titles, texts, categories, pictures = read_catalogue(items, item_ids, counts)
     U, N = len(user_ids), len(item_ids)
-    last_two = np.concatenate([offsets[1:] - 1, offsets[1:] - 2])                  # (2U,)
-    train_counts = np.bincount(np.delete(events, last_two), minlength=N + 1)       # (N+1,)
+    last_two = np.concatenate([offsets[1:] - 1, offsets[1:] - 2])  # (2U,)
+    train_counts = np.bincount(np.delete(events, last_two), minlength=N + 1)  # (N+1,)
     truth = {name: [-1] + [of[int(i[4:])] for i in item_ids] for name, of in truth.items()}
 
     args.run.mkdir(parents=True, exist_ok=True)
@@ -411,7 +395,7 @@ def main(argv=None):
           "train_counts": torch.from_numpy(train_counts).int(), "meta": meta}, args.run / "data.pt")
 
     print("\n".join(f"{reason:40}{number:12,}" for reason, number in counts.items()))
-    popular = np.argsort(-train_counts, kind="stable")                             # (N+1,)
+    popular = np.argsort(-train_counts, kind="stable")  # (N+1,)
     top_tenth = train_counts[popular[:max(1, N // 10)]].sum() / train_counts.sum()
     hits = np.isin(events[offsets[1:] - 1], popular[:10]).mean()
     print(f"\nU {U:,} users, N {N:,} items, {len(events):,} events: {len(events) / U:.1f} a user, "
@@ -424,7 +408,6 @@ def main(argv=None):
     history = events[offsets[U // 2]:offsets[U // 2 + 1]][-12:]
     print(f"\nuser {U // 2}, in order of time (the last two are for validation and test):",
           *(titles[i] or item_ids[i - 1] for i in history), sep="\n  ")
-
 
 if __name__ == "__main__":
     main()

@@ -89,8 +89,8 @@ def built_in(texts):
     """Latent semantic analysis: the tf-idf rows in their d principal directions. -> (n, d)"""
     matrix = tf_idf(texts)  # (n, features)
     d = min(WIDTH, *matrix.shape)
-    U, S, _ = torch.svd_lowrank(matrix, q=min(d + 10, *matrix.shape), niter=4)  # randomised SVD
-    return F.normalize((U * S)[:, :d], dim=1)  # (n, d)
+    _, _, V = torch.svd_lowrank(matrix, q=min(d + 10, *matrix.shape), niter=4)  # randomised SVD
+    return F.normalize(matrix @ V[:, :d], dim=1)  # (n, d); U S too, but equal texts stay equal
 
 def from_file(path, N):
     """Vectors that somebody else made, a row an item; zeros: nothing is known. -> (N, width)"""

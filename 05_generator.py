@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 TOKEN_SCALE = 0.3  # standard deviation of token embeddings at the start
 WARM_UP = 0.04     # share of training in which the learning rate rises; a cosine takes it to 0
-WEIGHT_DECAY, JUDGES = 0.01, 5000  # of AdamW; users whose validation events say when to stop
+WEIGHT_DECAY, JUDGES = 0.01, 2000  # of AdamW; users whose validation events say when to stop
 BUCKETS, FARTHEST = 32, 128  # T5's buckets of distance between items, the last one for FARTHEST on
 
 # --- Files ---------------------------------------------------------------------------------------
