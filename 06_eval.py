@@ -190,11 +190,11 @@ def main(argv=None):
         "of a recommended\nitem, mean; MB: of parameters, codes and prefix tree.\n",
         markdown(["codes", "items known", "K", "% of K used, levels 1-3", "perplexity",
                   "% items alone after 1, 2, 3", "most items on one prefix", "moved"], code_rows)])
-    print(text)
     save({"rows": rows, "codes": codes, "options": vars(args)}, run / "results.pt")
     partial = run / "results.md.partial"
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, run / "results.md")
+    print(text)
 
 if __name__ == "__main__":
     main()

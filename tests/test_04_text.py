@@ -54,7 +54,7 @@ def check(saved, N):
     """What holds of every run: types, shapes, a bijection, and the argmin chain of all items that were not moved."""
     codes, codebooks, embeddings, known = (saved[k] for k in ("codes", "codebooks", "embeddings", "known"))
     K, d = codebooks.shape[1:]
-    assert codes.dtype == torch.int16 and codes.shape == (N + 1, 4) and codebooks.shape == (3, K, d)
+    assert codes.dtype == torch.int16 and codes.shape == (N + 1, 4) and codebooks.shape == (3, K, d) and d > 0
     assert embeddings.shape == (N + 1, d) and known.dtype == torch.bool and known.shape == (N + 1,)
     assert (codes[0] == -1).all() and codes[1:].min() >= 0 and codes.max() < K
     assert len(codes[1:].unique(dim=0)) == N
