@@ -1,8 +1,8 @@
-"""RQ-DINO: image codes from a ViT that is trained with its quantiser inside (METHOD: section 3).
+"""RQ-DINO: image codes from a ViT that is trained with its quantiser inside.
 
-DINO trains a student to say of one crop of a picture what its teacher, the student's running
-average, says of another: no labels. Here a residual quantiser sits in the student between ViT and
-head, so the ViT learns to say with three codes what matters (MSCGRec, arXiv 2602.03713, images):
+DINO trains a student to say of one crop of a picture what a teacher, the student's running
+average, says of another: no labels. Here a residual quantiser sits between the student's ViT and
+head, so that three codes must carry the answer (MSCGRec, arXiv 2602.03713, the image modality):
 L = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2.
 
     python 03_dino_quantizer.py                    # after 01_data.py
@@ -16,8 +16,7 @@ writes  dino.pt
           center            float32 (O)             running mean of the teacher's outputs
           losses            float32 (epochs)        L_DINO, nats
           teacher_entropy   float32 (epochs)        nats; near 0 or log O: collapse
-          used              float32 (epochs, 3)     share of codes in use by level; 0 if --plain
-          perplexity        float32 (epochs, 3)     exp(entropy) of their use
+          perplexity        float32 (epochs, 3)     exp(entropy) of the codes' use; 1 if --plain
           seconds           float                   of training
           peak_memory       int                     bytes, the process's largest resident set
           options           dict                    the options of this run
@@ -30,28 +29,23 @@ writes  dino.pt
 
 minutes: TODO
 """
-
-import argparse, copy, math, os, resource, sys, time
+import argparse, copy, math, os, pathlib, resource, sys, time
 from collections import Counter
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-STUDENT_TEMP = 0.1          # tau_s
-CENTER_MOMENTUM = 0.9
-CLIP = 3.0                  # largest norm of the gradient
-BETA = 0.25                 # weight of the commitment term
+STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9  # tau_s; of the running mean of the teacher's outputs
+CLIP, BETA = 3.0, 0.25      # largest norm of the gradient; weight of the commitment term
 DECAY, DEAD = 0.95, 0.05    # centroids average ~20 steps; restart below DEAD members
 GLOBAL_SCALE, LOCAL_SCALE = (0.4, 1.0), (0.1, 0.4)  # share of the picture's area that a crop shows
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: public weights expect them
 JITTER, HUE = 0.4, 0.3      # shift of light, contrast, saturation; turn of hue in radians
 YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # from RGB
 
-# --- Files
-
+# --- Files ---------------------------------------------------------------------------------------
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
@@ -75,8 +69,7 @@ def save(artifact, path):
         os.fsync(file.fileno())
     os.replace(partial, path)
 
-# --- Residual codes
-
+# --- Residual codes ------------------------------------------------------------------------------
 def codebook_size(N):
     """K, our rule: the power of two nearest to sqrt(N), from 8 to 256, the paper's."""
     return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
@@ -176,12 +169,10 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
           f"the items alone after level 3, at most {stats['largest'][2]} together")
     return codes.to(torch.int16), stats
 
-# --- Views of a picture
-
+# --- Views of a picture --------------------------------------------------------------------------
 def crops(x, size, scale):
-    """A random view of each picture; boxes and colours are drawn for the whole batch at once.
-
-    x: (n, 3, S, S) in 0..1, scale: share of the area, from and to -> (n, 3, size, size)."""
+    """A random view of each picture, `scale` (from, to) of its area, mirrored or not, in other
+    light and colours. x: (n, 3, S, S) in 0..1 -> (n, 3, size, size)"""
     n, draw = len(x), lambda low, high, *n: torch.empty(*n, device=x.device).uniform_(low, high)
     side, stretch = draw(*scale, n).sqrt(), draw(3 / 4, 4 / 3, n).sqrt()  # (n,), (n,)
     half = torch.stack([side * stretch, side / stretch], 1).clamp(max=1)  # (n, 2)
@@ -190,7 +181,6 @@ def crops(x, size, scale):
     box = torch.cat([torch.diag_embed(half), middle.unsqueeze(2)], 2)  # (n, 2, 3)
     grid = F.affine_grid(box, (n, 3, size, size), align_corners=False)  # (n, size, size, 2)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)  # (n, 3, size, size)
-
     # Colour shifts are linear in RGB: hue turns the plane of colours, saturation stretches it.
     light, contrast, saturation = 1 + JITTER * draw(-1, 1, 3, n, 1, 1, 1)  # (n, 1, 1, 1) each
     hue = HUE * draw(-1, 1, n)  # (n,)
@@ -207,17 +197,14 @@ def pictures(images, items, size, device):
     x = images[items].to(device).float() / 255  # (n, 3, S, S)
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True)  # (n, 3, size, size)
 
-# --- Model: modules are nested as in the public release, so that parameters have its names
-
+# --- Model: named as in the public release, whose weights fit ------------------------------------
 class Block(nn.Module):
-    def __init__(self, width):
+    def __init__(self, E):
         super().__init__()
-        self.heads = max(3, width // 64)  # right for every public ViT
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width),
-                                   "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width),
-                                  "fc2": nn.Linear(4 * width, width)})
+        self.heads = max(3, E // 64)  # right for every public ViT
+        self.norm1, self.norm2 = nn.LayerNorm(E, eps=1e-6), nn.LayerNorm(E, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(E, 3 * E), "proj": nn.Linear(E, E)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(E, 4 * E), "fc2": nn.Linear(4 * E, E)})
 
     def forward(self, x):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (n, T, 3, H, E/H)
@@ -227,14 +214,13 @@ class Block(nn.Module):
 
 class VisionTransformer(nn.Module):
     """x: (n, 3, S, S) in 0..1, any S that `patch` divides -> [CLS] (n, E)"""
-
-    def __init__(self, size, patch, width, depth):
+    def __init__(self, size, patch, E, depth):
         super().__init__()
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (size // patch) ** 2, width))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, E))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (size // patch) ** 2, E))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, E, patch, patch)})
+        self.blocks = nn.ModuleList(Block(E) for _ in range(depth))
+        self.norm = nn.LayerNorm(E, eps=1e-6)
 
     def forward(self, x):
         mean, std = torch.tensor((MEAN, STD), device=x.device).view(2, 3, 1, 1)  # (3, 1, 1) each
@@ -249,21 +235,17 @@ class VisionTransformer(nn.Module):
 def resample(pos_embed, side):
     """Places of a grid of s x s patches, stretched to side x side. -> (1, 1 + side*side, E)"""
     s = math.isqrt(pos_embed.shape[1] - 1)
-    if s == side:
-        return pos_embed
     grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (s, s))  # (1, E, s, s)
     grid = F.interpolate(grid, (side, side), mode="bicubic")  # (1, E, side, side)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 class Head(nn.Module):
     """Cosine with each of O learned prototypes. (n, E) -> (n, O)"""
-
-    def __init__(self, width, out_dim):
+    def __init__(self, E, O):
         super().__init__()
-        hidden = 4 * width
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden),
-                                 nn.GELU(), nn.Linear(hidden, width))
-        self.last_layer = nn.Linear(width, out_dim, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(E, 4 * E), nn.GELU(), nn.Linear(4 * E, 4 * E),
+                                 nn.GELU(), nn.Linear(4 * E, E))
+        self.last_layer = nn.Linear(E, O, bias=False)
 
     def forward(self, z):
         # Prototypes of unit length are the release's weight norm with its gain held at g = 1.
@@ -272,7 +254,6 @@ class Head(nn.Module):
 
 class ResidualQuantiser(nn.Module):
     """z_q = sum_l C_l[c_l]. Codebooks are no parameters: they follow the means of their members."""
-
     def __init__(self, codebooks):
         super().__init__()
         self.register_buffer("codebooks", codebooks)  # (3, K, E)
@@ -285,7 +266,7 @@ class ResidualQuantiser(nn.Module):
         z_q, commitment = torch.zeros_like(z), 0
         for level, codebook in enumerate(self.codebooks):
             z_q = z_q + codebook[codes[:, level]]  # (n, E)
-            # What levels 1..l leave of z; its mean, not METHOD's sum: one beta for every width.
+            # What levels 1..l leave of z; a mean over d, not a sum: one beta for all widths.
             commitment = commitment + (z - z_q).square().mean()
         return z + (z_q - z).detach(), commitment, codes  # argmin has no gradient: straight through
 
@@ -315,20 +296,17 @@ def load_backbone(path, size):
         vit.load_state_dict(state | {"pos_embed": resample(state["pos_embed"], size // patch)})
         return vit
     except Exception as error:
-        fail(f"--init {path} holds no ViT that loads safely ({type(error).__name__}): take the "
-             "release's backbone-only file, or a dino.pt.")
+        fail(f"--init {path}: no ViT in it ({type(error).__name__}), give a backbone or a dino.pt.")
 
 @torch.no_grad()
 def embed(vit, images, items, size, device):
     """[CLS] of the un-augmented pictures. -> (n, E) on the CPU"""
     return torch.cat([vit(pictures(images, part, size, device)).cpu() for part in items.split(256)])
 
-# --- Loss and schedules
-
+# --- Loss and schedules --------------------------------------------------------------------------
 def dino_loss(p_t, logits):
-    """Mean cross-entropy of the pairs (teacher's crop t, student's crop v), t != v.
-
-    p_t: (2, B, O), logits: (V, B, O), whose crops 0 and 1 are the teacher's two -> ()"""
+    """Mean cross-entropy of the pairs (teacher's crop t, student's crop v), t != v. The student's
+    crops 0 and 1 are the teacher's two. p_t: (2, B, O), logits: (V, B, O) -> ()"""
     log_p_s = (logits / STUDENT_TEMP).log_softmax(2)  # (V, B, O)
     pairs = -torch.einsum("tbo,vbo->tv", p_t, log_p_s) / p_t.shape[1]  # (2, V)
     return (pairs.sum() - pairs.diagonal().sum()) / (pairs.numel() - 2)
@@ -339,22 +317,20 @@ def update_teacher(teacher, student, momentum):
         average.lerp_(weight, 1 - momentum)
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/toy"), help="folder of this experiment's .pt files")
+    add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
     add("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--plain", action="store_true", help="no quantiser in training, k-means afterwards")
-    add("--init", type=Path, help="file of ViT weights to start from; sets width, depth, patch")
-    add("--unquantised", type=float, default=0.0, help="weight of L_DINO without quantiser")
-    add("--epochs", type=int, default=12, help="passes over the pictures")
+    add("--init", help="file of ViT weights to start from; sets width, depth, patch")
+    add("--epochs", type=int, default=8, help="passes over the pictures")
     add("--batch", type=int, default=32, help="pictures a step")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW, at its highest")
     add("--width", type=int, default=96, help="E: width of the ViT")
     add("--depth", type=int, default=4, help="blocks of the ViT")
-    add("--patch", type=int, default=4, help="pixels along a patch")
+    add("--patch", type=int, default=0, help="pixels along a patch; 0: an eighth of a crop's")
     add("--crop-size", type=int, default=0, help="pixels along a global crop; 0: as stored")
     add("--local-crops", type=int, default=2, help="crops of half that size, for the student only")
     add("--out-dim", type=int, default=1024, help="O: prototypes of the head")
@@ -362,40 +338,40 @@ def main(argv=None):
         parser.set_defaults(epochs=1, width=24, depth=1, out_dim=64)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(args.seed)
+    run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     device = torch.device(args.device if args.device != "auto" else
                           torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    data = load(args.run / "data.pt", "01_data.py")
-    images = load(args.run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
+    data = load(run / "data.pt", "01_data.py")
+    images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
     known = data["has_image"]  # (N+1,)
     items, K = known.nonzero()[:, 0], codebook_size(len(known) - 1)  # (n,)
-    size, width, patch = args.crop_size or images.shape[-1], args.width, args.patch
+    size, width = args.crop_size or images.shape[-1], args.width
+    patch = args.patch or max(1, size // 8)  # so 64 patches, at the same cost for any picture size
     sizes = (args.epochs, args.batch, args.depth, patch, args.out_dim, width, args.local_crops + 1)
     if min(sizes) < 1 or size % patch or width % max(3, width // 64):
         fail(f"Sizes start at 1; patches of {patch} must tile crops of {size}, heads {width}.")
-    vit = VisionTransformer(size, patch, width, args.depth)
-    if args.init:
-        vit = load_backbone(args.init, size)
-        width, _, _, patch = vit.patch_embed["proj"].weight.shape
+    vit = load_backbone(args.init, size) if args.init else \
+        VisionTransformer(size, patch, width, args.depth)
+    width, _, _, patch = vit.patch_embed["proj"].weight.shape
     student = nn.ModuleDict({"backbone": vit, "head": Head(width, args.out_dim)}).to(device)
     teacher, quantiser = copy.deepcopy(student).requires_grad_(False), None
     center = torch.zeros(args.out_dim, device=device)  # (O,)
     weights = list(student.parameters())  # weight decay .04 -> .4 on matrices, none on vectors
-    optimizer = torch.optim.AdamW([{"params": [w for w in weights if w.ndim > 1]},
-                                   {"params": [w for w in weights if w.ndim == 1]}])
+    optimizer = torch.optim.AdamW([{"params": [w for w in weights if (w.ndim > 1) == matrix]}
+                                   for matrix in (True, False)])
     local = max(1, size // 2 // patch) * patch  # half a global crop, in whole patches
     kinds = [(2, size, GLOBAL_SCALE), (args.local_crops, local, LOCAL_SCALE)]
     steps = args.epochs * math.ceil(len(items) / args.batch)
-    # The teacher averages 1/(1 - momentum) steps: 250 as published (.996), but at most a 25th of
-    # the run, or a short run would end with a teacher that is still its beginning.
+    # The teacher averages 250 steps (.996) as published; fewer in short runs, or it hardly moves.
     momentum = 1 - 1 / min(250, max(2, steps / 25))
     print(f"{len(items)} of {len(known) - 1} items have a picture; K = {K}; {steps} steps; crops "
           f"of {size} and {local} px; a uniform guess has loss {math.log(args.out_dim):.2f}")
-    curves, step, started = [], 0, time.time()
+    curves, started = [], time.time()
     for epoch in range(args.epochs if len(items) else 0):
         sums, counts = torch.zeros(2), torch.zeros(3, K)  # (2,), (3, K)
         order = items[torch.randperm(len(items), generator=rng)]  # (n,)
-        for batch in tqdm(order.split(args.batch), f"epoch {epoch + 1}", leave=False, disable=None):
+        bar = tqdm(order.split(args.batch), f"epoch {epoch + 1}", leave=False, disable=None)
+        for step, batch in enumerate(bar, epoch * (steps // args.epochs)):
             done, wave = step / steps, (1 + math.cos(math.pi * step / steps)) / 2  # 0 to 1, 1 to 0
             for group, decay in zip(optimizer.param_groups, (0.4 - 0.36 * wave, 0)):
                 group["lr"], group["weight_decay"] = args.lr * min(wave, 10 * done + 0.01), decay
@@ -407,44 +383,38 @@ def main(argv=None):
                 p_t = ((out - center) / temperature).softmax(1).view(2, len(batch), -1)  # (2, B, O)
                 center.lerp_(out.mean(0), 1 - CENTER_MOMENTUM)
             z = torch.cat([student["backbone"](view) for view in views])  # (V*B, d)
-            distil = lambda z: dino_loss(p_t, student["head"](z).view(-1, *p_t.shape[1:]))
-            z_q, extra = z, 0.0
+            z_q, commitment = z, 0.0
             if not args.plain:
                 if quantiser is None:
                     first = embed(student["backbone"], images, order[:16 * K], size, device)
                     quantiser = ResidualQuantiser(residual_kmeans(first, K, rng)).to(device)
                 z_q, commitment, codes = quantiser(z)  # (V*B, d), (), (V*B, 3)
-                # A second term, past the quantiser, measured no better (toy, one seed): weight 0.
-                extra = BETA * commitment + (args.unquantised and args.unquantised * distil(z))
                 quantiser.update(z.detach(), codes)
                 counts += torch.stack([torch.bincount(c, minlength=K) for c in codes.T]).cpu()
-            loss = distil(z_q)  # L_DINO
+            # A second term with z itself, past the quantiser, measured no better: left out.
+            loss = dino_loss(p_t, student["head"](z_q).view(-1, *p_t.shape[1:]))  # L_DINO
             optimizer.zero_grad()
-            (loss + extra).backward()
+            (loss + BETA * commitment).backward()
             if epoch == 0:  # the prototypes wait until there is something to be like
                 student["head"].last_layer.weight.grad = None
             nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.step()
             update_teacher(teacher, student, 1 - (1 - momentum) * wave)
-            entropy = torch.special.entr(p_t).sum(2).mean()
-            sums += torch.tensor([loss.item(), entropy.item()]) * len(batch) / len(items)
+            sums += torch.tensor([loss.item(), torch.special.entr(p_t).sum(2).mean()]) / len(bar)
             if step == 0:
                 print(f"first loss {loss.item():.2f}: before there is a centre, all look alike")
-            step += 1
-        share = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (3, K)
-        perplexity = torch.special.entr(share).sum(1).exp()  # (3,)
-        curves.append(torch.cat([sums, (share > 0).float().mean(1), perplexity]).tolist())
+        perplexity = torch.special.entr(F.normalize(counts, p=1, dim=1)).sum(1).exp()  # (3,)
+        curves.append(torch.cat([sums, perplexity]).tolist())
         print(f"epoch {epoch + 1}: loss {sums[0]:.2f} = entropy of p_t {sums[1]:.2f} + KL; "
               f"perplexity {perplexity.int().tolist()} of {K}; {time.time() - started:.0f} s")
 
-    seconds = time.time() - started
+    seconds, peak = time.time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     embeddings = torch.zeros(len(known), width if len(items) else 1)  # (N+1, d)
     codebooks = torch.zeros(3, K, embeddings.shape[1])  # (3, K, d)
     if len(items):
         z = embed(teacher["backbone"], images, items, size, device)  # (n, d)
         if quantiser:
-            # Ours: the codebooks were learned on crops, by the student. Ten updates without memory
-            # (Lloyd's steps) move them onto the teacher's view of the whole pictures.
+            # Ours: ten of Lloyd's steps, from the student's crops to the teacher's whole pictures.
             codebooks = quantiser.cpu().codebooks  # (3, K, d)
             for _ in range(10):
                 quantiser.update(z, quantise(z, codebooks), decay=0)
@@ -456,15 +426,13 @@ def main(argv=None):
         codebooks[0] -= mean
         codebooks /= scale
     codes, stats = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, 4)
-    curves = torch.tensor(curves).view(-1, 8)  # (epochs, 8)
-    options = vars(args) | {"run": str(args.run), "init": str(args.init or "")}
+    curves = torch.tensor(curves).view(-1, 5)  # (epochs, 5)
     save({"student": student.cpu().state_dict(), "teacher": teacher.cpu().state_dict(),
           "center": center.cpu(), "losses": curves[:, 0], "teacher_entropy": curves[:, 1],
-          "used": curves[:, 2:5], "perplexity": curves[:, 5:], "seconds": seconds,
-          "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-          "options": options}, args.run / "dino.pt")
+          "perplexity": curves[:, 2:], "seconds": seconds, "peak_memory": peak,
+          "options": vars(args)}, run / "dino.pt")
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
-          "stats": stats}, args.run / "image_codes.pt")
+          "stats": stats}, run / "image_codes.pt")
     shelf = items[codes[items, 0] == codes[items[:1], 0]][:8].tolist()
     print("items of one first code: " + " | ".join(data["titles"][i] for i in shelf) if shelf else
           "No item has a picture: every image code is a random place of its own.")

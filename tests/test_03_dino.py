@@ -182,13 +182,12 @@ def test_codes_are_the_argmin_chain_and_seeded(tmp_path):
         residual = residual - codebook[nearest]
     assert agree.sum() == codes["known"].sum() - codes["stats"]["moved"] and codes["known"].sum() == 22
     assert torch.equal(codes["codes"], read(runs[1])[1]["codes"])
-    assert curves["losses"].shape == (2,) and curves["used"].shape == (2, 3)
+    assert curves["losses"].shape == (2,) and curves["perplexity"].shape == (2, 3)
     assert all(curves[key].isfinite().all() for key in ("losses", "teacher_entropy", "perplexity"))
     assert {n.split(".")[0] for n in curves["student"]} == {"backbone", "head"}
     same = [torch.equal(w, curves["student"][n]) for n, w in curves["teacher"].items()]
     assert not all(same), "the teacher lags behind the student"
-    dino.main(["--run", str(runs[1]), *TINY, "--init", str(runs[0] / "dino.pt"), "--unquantised", "1",
-               "--local-crops", "0"])
+    dino.main(["--run", str(runs[1]), *TINY, "--init", str(runs[0] / "dino.pt"), "--local-crops", "0"])
     check_codes(read(runs[1])[1], 24)
 
 
