@@ -284,10 +284,10 @@ def main(argv=None):
     add("--layers", type=int, default=2, help="transformer blocks")
     add("--heads", type=int, default=2, help="H: attention heads")
     add("--dropout", type=float, default=0.5, help="share of activations dropped in training")
-    add("--lr", type=float, default=2e-3, help="learning rate of Adam")
-    add("--batch", type=int, default=512, help="targets a training step")
+    add("--lr", type=float, default=1e-3, help="learning rate of Adam")
+    add("--batch", type=int, default=128, help="targets a training step")
     add("--epochs", type=int, default=200, help="at the most")
-    add("--patience", type=int, default=8, help="epochs without a better NDCG@10 before it stops")
+    add("--patience", type=int, default=12, help="epochs without a better NDCG@10 before it stops")
     add("--top", type=int, default=20, help="items recommended to a user")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=2, width=16, layers=1)

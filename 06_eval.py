@@ -74,17 +74,19 @@ def gains(rank):
     gain = {"Recall": torch.ones_like(rank), "NDCG": 1 / torch.log2(rank + 1)}  # (U,) each
     return torch.stack([gain[name] * (rank <= k) for name, k in METRICS], 1).double()
 
-def paired_bootstrap(ours, theirs, draws, rng):
-    """95 % interval of mean(ours) - mean(theirs); a draw resamples users and, on each side, seeds.
-    Paired: both models answer the same users, so what makes a user easy or hard cancels out. Each
-    user's weight in a draw is Poisson(1), which for many users is resampling with replacement.
+def paired_bootstrap(ours, theirs, draws, rng, same_seeds=False):
+    """95 % interval of mean(ours) - mean(theirs); each draw resamples users and seeds. Paired: both
+    models answer the same users, and models of one seed share its codes, so what makes a user or
+    a seed easy or hard cancels out; seeds are drawn apart where the models were run with others.
+    A user's weight in a draw is Poisson(1): for many users, resampling with replacement.
     ours, theirs (seeds, U, metrics) -> low, high (2, metrics)"""
     differences = []
     for _ in range(draws):
         weight = torch.poisson(torch.ones(ours.shape[1], dtype=torch.double), generator=rng)  # (U,)
-        means = []
+        means, seeds = [], None
         for side in (ours, theirs):
-            seeds = torch.randint(len(side), (len(side),), generator=rng)  # (seeds,)
+            if seeds is None or not same_seeds:
+                seeds = torch.randint(len(side), (len(side),), generator=rng)  # (seeds,)
             means.append(torch.einsum("u,sum->sm", weight, side)[seeds].mean(0))  # (metrics,)
         differences.append((means[0] - means[1]) / weight.sum().clamp(min=1))  # (metrics,)
     tails = torch.tensor([0.025, 0.975], dtype=torch.double)  # (2,)
@@ -155,7 +157,8 @@ def main(argv=None):
                       "std": by_seed.std(0).tolist() if len(seeds) > 1 else None,
                       **{key: sum(one[key] for one in seeds) / len(seeds) for key, *_ in COSTS}}
         if args.against in gain and name != args.against:
-            interval = paired_bootstrap(gain[name], gain[args.against], args.draws, rng)
+            same = rows[name]["seeds"] == [one["seed"] for one in models[args.against]]
+            interval = paired_bootstrap(gain[name], gain[args.against], args.draws, rng, same)
             rows[name]["interval"] = interval.tolist()  # (2, metrics)
 
     quality, cost, codes, code_rows = [], [], {}, []
