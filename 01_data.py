@@ -22,7 +22,7 @@ writes  data.pt
 writes  images.pt
           images         uint8 (N+1, 3, S, S)   all zero where there is no picture
 
-minutes: TODO
+On the toy shop: 3 seconds, 0.3 GiB (2 cores of an AMD EPYC).
 """
 import argparse, array, colorsys, csv, gzip, hashlib, io, itertools, json, multiprocessing.pool, os
 import re, shutil, sys, tempfile, zlib

@@ -18,7 +18,7 @@ writes  text_codes.pt
           stats        dict               use, perplexity, uniqueness, moved items
           options      dict               the options of this run
 
-minutes: TODO
+On the toy shop: 1 second, 0.3 GiB (2 cores of an AMD EPYC).
 """
 import argparse, functools, math, os, pathlib, re, sys, time, zlib
 from collections import Counter
