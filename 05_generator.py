@@ -101,22 +101,23 @@ class Trie:
     def __init__(self, codes, K):
         codes, self.K, self.L = codes[1:].long(), K, codes.shape[1]
         self.keys, self.allowed, path = [], [], []
-        key = torch.zeros_like(codes[:, 0])  # (N,); the root is the only prefix of no codes
+        key = node = torch.zeros_like(codes[:, 0])  # (N,)
+        keys = key[:1]  # (nodes_l,); the root is the only prefix of no codes
         for l in range(self.L):
-            keys, node = key.unique(return_inverse=True)  # (nodes_l,), (N,)
             key = key * K + codes[:, l]  # (N,)
-            child = key.unique()  # (nodes_l+1,)
+            child, leaf = key.unique(return_inverse=True)  # (nodes_l+1,), (N,)
             parent, code = torch.searchsorted(keys, child // K), child % K  # (nodes_l+1,) both
             bits = torch.zeros(len(keys) * K // 8, dtype=torch.uint8, device=key.device)  # flat
             bits.index_add_(0, parent * (K // 8) + code // 8, (1 << code % 8).to(torch.uint8))
             self.keys.append(keys)
             self.allowed.append(bits.view(-1, K // 8))
             path.append(node)
-        self.keys.append(child)
-        if len(child) < len(codes):
+            keys, node = child, leaf
+        self.keys.append(keys)
+        if len(keys) < len(codes):
             fail("two items have the same code: make the codes of the target modality again.")
         self.path = F.pad(torch.stack(path, 1), (0, 0, 1, 0))  # (N+1, L)
-        self.leaf_item = key.argsort() + 1  # (N,)
+        self.leaf_item = node.argsort() + 1  # (N,)
 
     def children(self, l, node):
         """The mask A(c_<l). node: (...) -> bool (..., K)."""

@@ -32,7 +32,7 @@ def test_sampled_softmax_has_the_gradient_of_the_full_one(scripts):
     counts = torch.cat([torch.zeros(1), 1000 / torch.arange(1.0, N + 1)])
     log_q = (counts / counts.sum()).log()
     full, = torch.autograd.grad(scripts[2].cross_entropy(hidden, embeddings, target), embeddings)
-    corrected, naive = torch.zeros_like(full), torch.zeros_like(full)
+    corrected = torch.zeros_like(full)
     for _ in range(200):
         loss = scripts[2].cross_entropy(hidden, embeddings, target, log_q)
         corrected += torch.autograd.grad(loss, embeddings)[0] / 200
@@ -46,7 +46,7 @@ def test_recommendations_are_the_whole_ranking(scripts):
     data = {"events": events, "offsets": torch.tensor([0, 5, 14, 24])}
     top, scores = scripts[2].recommend(model, data, "test", torch.arange(3), 6, 30, torch.device("cpu"))
     assert all(sorted(row) == list(range(1, 31)) for row in top.tolist())
-    history = events[18 - 1 - 0:23][None].long()[:, -6:]
+    history = events[17:23][None].long()[:, -6:]
     expected = (model(history)[0, -1] @ model.items.weight[1:].T).argsort(descending=True) + 1
     assert top[2].tolist() == expected.tolist()
 
