@@ -146,9 +146,10 @@ def rows(path, counts):
         lines = io.TextIOWrapper(gzip.open(file) if path.suffix == ".gz" else file, "utf-8-sig",
                                  "replace", newline="")
         table = csv.DictReader(lines) if ".csv" in path.name else None
+        decode = json.JSONDecoder().decode      # json.loads looks at its options at every line
         while True:
             try:
-                row = next(table) if table else json.loads(next(lines))
+                row = next(table) if table else decode(next(lines))
                 if not isinstance(row, dict):
                     raise ValueError("not a record")
                 yield row

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 WIDTH = 64         # dimensions of the built-in embedding; with 256, k-means piles up short texts
 BUCKETS = 2 ** 20  # features are numbered by a hash: no vocabulary to keep
+SAMPLE = 20_000    # texts whose features and principal directions stand for all
 WHITENED = 128     # principal directions kept of a language model's vectors, at the most
 RETRIES = 50       # failed requests that one run forgives an endpoint, at most four in a row
 
@@ -67,11 +68,12 @@ def letters(word):
     # Sorted: Python's sets of strings change their order with every start, and sums with it.
     return [zlib.crc32(gram.encode()) % BUCKETS for gram in sorted({word, *grams})]
 
-def tf_idf(texts):
+def tf_idf(texts, idf=None):
     """Sublinear tf-idf, rows of unit length: (1 + log tf) * (log((1 + n) / (1 + df)) + 1).
-    Features: words, pairs of neighbours, letter n-grams. n strings -> sparse (n, features)"""
+    Features: words, pairs of neighbours, letter n-grams; those with idf > 0 are columns.
+    n strings -> sparse (n, features), idf (BUCKETS,): of these texts if none is given"""
     row, column, tf = [], [], []
-    for i, text in enumerate(tqdm(texts, "counting words", leave=False, disable=None)):
+    for i, text in enumerate(texts):
         words = re.findall(r"\w+", text.lower())
         pairs = [zlib.crc32(" ".join(p).encode()) % BUCKETS for p in zip(words, words[1:])]
         counts = Counter(pairs + [feature for word in words for feature in letters(word)])
@@ -79,18 +81,28 @@ def tf_idf(texts):
         column.append(np.fromiter(counts.keys(), np.int64, len(counts)))
         tf.append(np.fromiter(counts.values(), np.float32, len(counts)))
     row, column, tf = (torch.from_numpy(np.concatenate(part)) for part in (row, column, tf))
-    _, column, df = column.unique(return_inverse=True, return_counts=True)  # df: (features,)
-    weight = (1 + tf.log()) * (((1 + len(texts)) / (1 + df)).log() + 1)[column]  # (entries,)
+    if idf is None:
+        df = column.bincount(minlength=BUCKETS)  # (BUCKETS,)
+        # What only one text has makes no two alike, and is most of all features: left out.
+        idf = (((1 + len(texts)) / (1 + df)).log() + 1) * (df > min(1, df.max() - 1))
+    row, column, tf = (part[idf[column] > 0] for part in (row, column, tf))  # (entries,) each
+    weight = (1 + tf.log()) * idf[column]  # (entries,)
     norm = torch.zeros(len(texts)).index_add_(0, row, weight.square()).sqrt()  # (n,)
-    return torch.sparse_coo_tensor(torch.stack([row, column]), weight / norm[row],
-                                   (len(texts), len(df)), check_invariants=True)
+    number = (idf > 0).cumsum(0) - 1  # (BUCKETS,): the column of a feature
+    return torch.sparse_coo_tensor(torch.stack([row, number[column]]), weight / norm[row],
+                                   (len(texts), number[-1] + 1), check_invariants=True), idf
 
 def built_in(texts):
     """Latent semantic analysis: the tf-idf rows in their d principal directions. -> (n, d)"""
-    matrix = tf_idf(texts)  # (n, features)
-    d = min(WIDTH, *matrix.shape)
-    _, _, V = torch.svd_lowrank(matrix, q=min(d + 10, *matrix.shape), niter=4)  # randomised SVD
-    return F.normalize(matrix @ V[:, :d], dim=1)  # (n, d); U S too, but equal texts stay equal
+    sample = [texts[i] for i in torch.randperm(len(texts))[:SAMPLE]]
+    matrix, idf = tf_idf(sample)  # (sample, features)
+    V = torch.randn(matrix.shape[1], min(WIDTH, *matrix.shape))  # (features, d)
+    for _ in range(5):  # randomised SVD: powers of M M^T turn any basis to the principal one
+        basis = torch.linalg.qr(matrix @ V).Q  # (sample, d): orthogonal where that is cheaper
+        V = matrix.T @ basis  # (features, d)
+    V = torch.linalg.qr(V).Q  # (features, d)
+    parts = tqdm(range(0, len(texts), 1000), "embedding texts", leave=False, disable=None)
+    return F.normalize(torch.cat([tf_idf(texts[i:i + 1000], idf)[0] @ V for i in parts]))
 
 def from_file(path, N):
     """Vectors that somebody else made, a row an item; zeros: nothing is known. -> (N, width)"""

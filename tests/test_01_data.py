@@ -291,6 +291,22 @@ def test_pixelrec_layout(tmp_path):
     assert data["meta"]["counts"]["events: bad time"] == 1
 
 
+def test_an_interrupted_run_leaves_nothing_half_and_the_next_one_is_the_same(tmp_path, monkeypatch):
+    folder, options = shop(tmp_path / "shop", dense(12, 9)), ("--image-size", 8)
+    run(tmp_path / "run", "--dataset", folder, *options)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    for name in ("k_core", "read_catalogue", "save"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(data_script, name, interrupt)
+            run(tmp_path / "run", "--dataset", folder, *options)
+        assert not [path for path in (tmp_path / "run").iterdir() if path.name not in whole]
+        run(tmp_path / "run", "--dataset", folder, *options)
+        assert whole == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
 # --- from the network ---------------------------------------------------------------------------
 @pytest.fixture
 def server():

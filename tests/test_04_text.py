@@ -106,16 +106,32 @@ def endpoint(monkeypatch):
     server.server_close()
 
 
-def test_tf_idf_of_two_documents():
-    """A word of three letters has six features: <ca cat at> <cat cat> <cat>; idf is 1 where all documents have it."""
-    x = text.tf_idf(["cat cat", "Cat, dog!"]).to_dense()
-    twice, rare = 1 + math.log(2), 1 + math.log(3 / 2)
-    first, second = 6 * [twice] + [rare], 6 * [1.0] + 7 * [rare]  # the last of each: the pair of words
-    lengths = [math.sqrt(sum(w * w for w in row)) for row in (first, second)]
-    assert x.shape == (2, 6 + 6 + 2)
-    for row, weights, length in zip(x, (first, second), lengths):
-        torch.testing.assert_close(row[row > 0].sort().values, torch.tensor(sorted(weights)) / length)
-    assert (x[0] @ x[1]).item() == pytest.approx(6 * twice / lengths[0] / lengths[1], rel=1e-5)
+def test_tf_idf_of_four_documents():
+    """A word of three letters has six features: <ca cat at> <cat cat> <cat>. What one text alone has is left out."""
+    x, idf = text.tf_idf(["cat cat", "Cat, dog!", "dog", "owl"])
+    twice, third = 1 + math.log(2), 1 + math.log(5 / 3)  # tf 2; idf of what two of four have
+    expected = torch.zeros(4, 12)  # the pairs of words and all of `owl` are in one text only
+    expected[0, :6], expected[1], expected[2, 6:] = 6 ** -0.5, 12 ** -0.5, 6 ** -0.5
+    cat_first = x.to_dense()[:, (-x.to_dense()[0]).argsort(stable=True)]  # (4, 12)
+    torch.testing.assert_close(cat_first, expected)
+    assert sorted(idf[idf > 0].tolist()) == pytest.approx([third] * 12)
+    again = text.tf_idf(["dog dog cat", "emu"], idf)[0].to_dense()  # (2, 12): the same columns, of other texts
+    assert again.shape == (2, 12) and not again[1].any()
+    assert (again[0] / again[0].min()).sort().values.tolist() == pytest.approx([1] * 6 + [twice] * 6)
+    alone, _ = text.tf_idf(["cat"])
+    assert alone.shape == (1, 6), "nothing is shared: all stays"
+
+
+def test_a_sample_stands_for_all_texts(monkeypatch):
+    """What a part of the texts has taught places the others: the same thing in other colours is the nearest."""
+    monkeypatch.setattr(text, "SAMPLE", 60)
+    torch.manual_seed(0)
+    texts = [f"{'red blue green amber'.split()[i % 4]} {t} made of {m}" for i in range(10)
+             for t, m in zip("mug lamp chair bowl vase tray".split(), "clay steel oak tin glass pine".split())] * 2
+    x = text.built_in(texts)
+    assert x.shape == (120, 60) and torch.equal(x[:60], x[60:])
+    near = (x[:60] @ x[:60].T).fill_diagonal_(-1).argmax(1)
+    assert ((near - torch.arange(60)) % 6 == 0).all()
 
 
 def test_texts_of_the_same_words_are_near():
@@ -125,7 +141,8 @@ def test_texts_of_the_same_words_are_near():
     near = x @ x.T
     assert near[0, 3] == pytest.approx(1, abs=1e-4)
     assert near[0, 1] > 0.5 and near[2, 4] > 0.5 and near[0, 2] < 0.2
-    torch.testing.assert_close(x.norm(dim=1), torch.ones(8))
+    # The cushion and the hat share nothing with any other text: they have no direction.
+    torch.testing.assert_close(x.norm(dim=1), torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 1]), atol=1e-4, rtol=0)
 
 
 def test_whitening_gives_unit_variance_to_every_direction():
