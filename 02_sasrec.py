@@ -6,7 +6,8 @@ residual k-means: r_0 = e_i; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1
 (MSCGRec, arXiv 2602.03713, the collaborative modality). It sees training events only: of each
 user all but the last two.
 
-    python 02_sasrec.py                    # after 01_data.py
+    python 02_sasrec.py                          # after 01_data.py
+    torchrun --nproc_per_node=2 -- 02_sasrec.py  # several GPUs; "--": torchrun would take --run
 
 reads   data.pt
 writes  sasrec.pt
@@ -27,10 +28,10 @@ writes  sasrec.pt
 
 On the toy shop: 2.6 minutes, 0.4 GiB (2 cores of an AMD EPYC).
 """
-import argparse, math, os, pathlib, resource, sys, time
-from collections import Counter
+import argparse, atexit, math, os, pathlib, resource, sys, time
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -64,16 +65,41 @@ def save(artifact, path):
         os.fsync(file.fileno())
     os.replace(partial, path)
 
+# --- Several processes: torchrun --nproc_per_node=2 ----------------------------------------------
+def join():
+    """Under torchrun, meets the other processes (gloo between CPUs, nccl between GPUs). -> rank,
+    the number of this one, and world, how many there are. Only rank 0 prints and writes files."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size()
+
+def add_up(x):
+    """The sum of a tensor over all processes, in place: each has seen its share."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
 # --- Data: sequences cut from the flat array of events -------------------------------------------
-def training_windows(offsets, T, rng):
-    """Cuts the users' training events into windows: inputs events[start:start+length], at most T,
-    and targets one event later. Each event but a user's first is a target once; where a history
-    is longer than T, the cuts move by a random phase. offsets (U+1,) -> start, length (W,)"""
+def windows(split, offsets, T, rng=None):
+    """What a model sees: slices events[start:start+length], at most T long. Validation and test:
+    what precedes a user's held-out event. Training: inputs, whose targets are one event later, so
+    that every event but a user's first is a target once; cuts of longer histories move by a
+    random phase. offsets (U+1,) -> start, length (W,)"""
+    if split != "train":
+        target = offsets[1:] - (1 if split == "test" else 2)  # (U,)
+        start = torch.maximum(offsets[:-1], target - T)  # (U,)
+        return start, target - start
     U, targets = len(offsets) - 1, (offsets.diff() - 3).clamp(min=0)  # (U,); two are held out
     phase = torch.randint(T, (U,), generator=rng) * (targets > T)  # (U,)
-    windows = (targets + phase + T - 1) // T  # (U,)
-    user = torch.arange(U).repeat_interleave(windows)  # (W,)
-    number = torch.arange(len(user)) - (windows.cumsum(0) - windows)[user]  # (W,)
+    count = (targets + phase + T - 1) // T  # (U,)
+    user = torch.arange(U).repeat_interleave(count)  # (W,)
+    number = torch.arange(len(user)) - (count.cumsum(0) - count)[user]  # (W,)
     begin = (number * T - phase[user]).clamp(min=0)  # (W,)
     end = torch.minimum((number + 1) * T - phase[user], targets[user])  # (W,)
     return offsets[user] + begin, end - begin
@@ -87,24 +113,19 @@ def equal_length_batches(lengths, tokens, rng=None):
         batches += group.split(max(1, tokens // int(lengths[group[0]])))
     return [batches[i] for i in torch.randperm(len(batches), generator=rng)]
 
-def take(events, start, length):
-    """The slices events[start:start+length], all of one length. start: (B,) -> (B, length)"""
-    return events[start.unsqueeze(1) + torch.arange(length)].long()
-
-def histories(offsets, split, T):
-    """Up to T events before each user's validation or test event: start, length, and the place of
-    that event. offsets (U+1,) -> (U,) each"""
-    target = offsets[1:] - (1 if split == "test" else 2)  # (U,)
-    start = torch.maximum(offsets[:-1], target - T)  # (U,)
-    return start, target - start, target
-
 # --- The model -----------------------------------------------------------------------------------
+class Dropout(nn.Dropout):
+    """As in torch, whose draw of booleans takes three times as long on a CPU as these numbers."""
+
+    def forward(self, x):
+        return x * ((torch.rand_like(x) >= self.p) / (1 - self.p)) if self.training else x
+
 class Block(nn.Module):
     """Causal self-attention and a feed-forward layer, each added to what comes in, norm first."""
 
     def __init__(self, E, H, dropout):
         super().__init__()
-        self.H, self.dropout = H, nn.Dropout(dropout)
+        self.H, self.dropout = H, Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(E), nn.LayerNorm(E)
         self.qkv, self.out = nn.Linear(E, 3 * E), nn.Linear(E, E)
         self.up, self.down = nn.Linear(E, 4 * E), nn.Linear(4 * E, E)
@@ -123,7 +144,7 @@ class SASRec(nn.Module):
     def __init__(self, N, T, E, H, layers, dropout):
         super().__init__()
         self.items, self.positions = nn.Embedding(N + 1, E), nn.Embedding(T, E)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(E, H, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(E)
         for module in self.modules():
@@ -137,8 +158,30 @@ class SASRec(nn.Module):
             x = block(x)
         return self.norm(x)
 
+class FullSoftmax(torch.autograd.Function):
+    """Sum of -log softmax(scores)[target], scores = hidden @ embeddings.T. Its gradient is softmax
+    minus one-hot; it takes the place of the scores (n, N+1), of which autograd keeps three copies.
+
+    hidden: (n, E), embeddings: (N+1, E), target: (n,)"""
+
+    @staticmethod
+    def forward(ctx, hidden, embeddings, target):
+        scores = (hidden @ embeddings.T).float()  # (n, N+1)
+        scores[:, 0] = -torch.inf  # padding is never the next item
+        row = torch.arange(len(target), device=target.device)  # (n,)
+        right, largest = scores[row, target], scores.amax(1)  # (n,) both
+        share = torch.softmax(scores, 1, out=scores)  # (n, N+1)
+        loss = largest - share.amax(1).log() - right  # (n,); the first two: log sum exp(scores)
+        share[row, target] -= 1
+        ctx.save_for_backward(share @ embeddings, share.T @ hidden)  # (n, E), (N+1, E)
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(grad * product for product in ctx.saved_tensors), None
+
 def cross_entropy(hidden, embeddings, target, log_q=None):
-    """Next-item loss, mean nats a target: the softmax runs over all items.
+    """Next-item loss, the sum of nats: the softmax runs over all items.
 
     This loss decides every comparison with SASRec. The original trains with binary cross-entropy
     and one sampled negative, and reaches about two thirds of the recall ("Turning Dross into
@@ -147,12 +190,14 @@ def cross_entropy(hidden, embeddings, target, log_q=None):
     or popular items, drawn more often, would be pushed down more often (Bengio and Senecal, 2008).
     hidden: (n, E), embeddings: (N+1, E), target: (n,)"""
     if log_q is None:
-        return F.cross_entropy(hidden @ embeddings[1:].T, target - 1)
+        return FullSoftmax.apply(hidden, embeddings, target)
     drawn = torch.multinomial(log_q.exp(), NEGATIVES, replacement=True)  # (NEGATIVES,)
-    negative = hidden @ embeddings[drawn].T - log_q[drawn]  # (n, NEGATIVES)
+    # One look-up for both: the gradient of each look-up is as large as the table.
+    right, wrong = embeddings[torch.cat([target, drawn])].split([len(target), NEGATIVES])
+    negative = hidden @ wrong.T - log_q[drawn]  # (n, NEGATIVES)
     negative = negative.masked_fill(drawn == target.unsqueeze(1), -torch.inf)  # (n, NEGATIVES)
-    positive = (hidden * embeddings[target]).sum(1) - log_q[target]  # (n,)
-    return (torch.cat([positive.unsqueeze(1), negative], 1).logsumexp(1) - positive).mean()
+    positive = (hidden * right).sum(1) - log_q[target]  # (n,)
+    return (torch.cat([positive.unsqueeze(1), negative], 1).logsumexp(1) - positive).sum()
 
 @torch.no_grad()
 def recommend(model, data, split, users, T, top, device):
@@ -160,11 +205,12 @@ def recommend(model, data, split, users, T, top, device):
 
     Items seen before are not taken out: a good model knows that they do not come again."""
     model.eval()
-    start, length, _ = (part[users] for part in histories(data["offsets"], split, T))
+    start, length = (part[users] for part in windows(split, data["offsets"], T))  # (n,) both
     items = torch.zeros(len(users), top, dtype=torch.int32)  # (n, top)
     scores = torch.zeros(len(users), top)  # (n, top)
     for batch in equal_length_batches(length, 8192):
-        history = take(data["events"], start[batch], int(length[batch[0]])).to(device)  # (B, T)
+        history = data["events"][start[batch, None] + torch.arange(length[batch[0]])]  # (B, T)
+        history = history.long().to(device)  # (B, T)
         for rows, hidden in zip(batch.split(256), model(history)[:, -1].split(256)):
             best = (hidden @ model.items.weight[1:].T).topk(top)  # (256, top)
             items[rows] = (best.indices + 1).int().cpu()  # item 0 is padding
@@ -179,22 +225,23 @@ def codebook_size(N):
 def nearest(x, codebook):
     """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)"""
     half_norm = codebook.square().sum(1) / 2  # (K,)
-    return torch.cat([(half_norm - part @ codebook.T).argmin(1) for part in x.split(65536)])
+    return torch.cat([torch.addmm(half_norm, part, codebook.T, alpha=-1).argmin(1)  # (part, K)
+                      for part in x.split(4096)])  # few enough rows to stay in the cache
 
-def kmeans(x, K, rng, steps=30):
+def kmeans(x, K, rng, steps=15):
     """Lloyd's algorithm; a centroid without members restarts at the vector that is served worst.
-
-    x: (n, d) -> codebook (K, d)"""
-    start = torch.randperm(max(len(x), K), generator=rng)[:K] % len(x)  # (K,)
-    codebook = x[start].clone()  # (K, d)
+    1,024 vectors a centroid find it as well as more would. x: (n, d) -> codebook (K, d)"""
+    x = x[torch.randperm(max(len(x), K), generator=rng)[:1024 * K] % len(x)]  # (n, d)
+    codebook = x[:K]  # (K, d)
     for _ in range(steps):
         codes = nearest(x, codebook)  # (n,)
         members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
-        codebook = torch.where(members > 0, sums / members.clamp(min=1), codebook)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:len(x), 0]  # (empty,)
-        worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
-        codebook[empty] = x[worst]
+        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)
+        if len(empty):
+            worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
+            sums[empty], members[empty] = x[worst], 1
+        codebook = sums / members  # (K, d)
     return codebook
 
 def residual_kmeans(x, K, rng):
@@ -207,22 +254,12 @@ def residual_kmeans(x, K, rng):
 
 def quantise(x, codebooks):
     """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
-
     x: (n, d), codebooks: (3, K, d) -> codes (n, 3)"""
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
         residual = residual - codebook[codes[-1]]  # (n, d)
     return torch.stack(codes, 1)  # (n, 3)
-
-def nearest_first(x, codebooks, prefix=()):
-    """All (c_1, c_2, c_3), the nearest to x (d,) first, level by level."""
-    if len(prefix) == len(codebooks):
-        yield prefix
-        return
-    distance = (x - codebooks[len(prefix)]).square().sum(1)  # (K,)
-    for k in distance.argsort(stable=True).tolist():
-        yield from nearest_first(x - codebooks[len(prefix)][k], codebooks, prefix + (k,))
 
 def number_in_group(group, order):
     """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
@@ -237,8 +274,8 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
 
     An item without this modality gets a random place in the tree: it may still be a target.
     Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
-    it, those with the largest residual move to the nearest one with room (empty-leaf
-    redistribution). embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
+    it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
+    embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
     -> codes int16 (N+1, 4), row 0 = -1, and statistics of the known items' codes."""
     K = codebooks.shape[1]
     codes = quantise(embeddings, codebooks)  # (N+1, 3)
@@ -247,16 +284,18 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    moved = (number_in_group(prefix, worst_last) >= K).nonzero()[:, 0].tolist()
-    size = Counter(prefix.tolist()) if moved else {}
-    for item in moved:
-        for code in nearest_first(embeddings[item], codebooks):
-            place = (code[0] * K + code[1]) * K + code[2]
-            if size[place] < K:
-                size[place] += 1
-                codes[item], prefix[item] = torch.tensor(code), place
-                break
-
+    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)
+    size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
+            for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
+    for item in moved.nonzero()[:, 0].tolist():
+        residual, place = embeddings[item], 0  # (d,)
+        for l, C in enumerate(codebooks):  # the nearest branch that is not full
+            full = size[l].view(-1, K)[place] == K ** (3 - l)  # (K,)
+            distance = (residual - C).square().sum(1).masked_fill(full, math.inf)  # (K,)
+            k = distance.argmin().item()
+            codes[item, l], residual, place = k, residual - C[k], place * K + k
+            size[l][place] += 1
+        prefix[item] = place
     most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
@@ -264,7 +303,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     entropy = [torch.special.entr(n / n.sum().clamp(min=1)).sum().item() for n in use]
     shared = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
     stats = {"used": [(n > 0).float().mean().item() for n in use],
-             "perplexity": [math.exp(h) for h in entropy], "moved": len(moved),
+             "perplexity": [math.exp(h) for h in entropy], "moved": moved.sum().item(),
              "unique": [(n == 1).sum().item() / max(1, n.sum().item()) for n in shared],
              "largest": [max(n.tolist(), default=0) for n in shared]}
     print(f"codes: {min(stats['used'][:3]):.0%} or more of {K} in use, {stats['unique'][2]:.0%} of "
@@ -285,18 +324,20 @@ def main(argv=None):
     add("--heads", type=int, default=2, help="H: attention heads")
     add("--dropout", type=float, default=0.5, help="share of activations dropped in training")
     add("--lr", type=float, default=1e-3, help="learning rate of Adam")
-    add("--batch", type=int, default=128, help="targets a training step")
+    add("--batch", type=int, default=128, help="targets a training step, of each process")
     add("--epochs", type=int, default=200, help="at the most")
     add("--patience", type=int, default=12, help="epochs without a better NDCG@10 before it stops")
+    add("--max-steps", type=int, default=0, help="a trial: stop after some, predict nothing")
     add("--top", type=int, default=20, help="items recommended to a user")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=2, width=16, layers=1)
     args = parser.parse_args(argv)
     if min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1:
         fail("--length, --layers, --heads, --batch, --epochs and --top start at 1.")
-    if args.width % args.heads or not 0 <= args.dropout < 1:
-        fail("--width must be a multiple of --heads, --dropout from 0 to below 1.")
+    if args.width % args.heads or not 0 <= args.dropout < 1 or args.max_steps < 0:
+        fail("--width must be a multiple of --heads, --dropout in [0, 1), --max-steps 0 or more.")
 
+    rank, world = join()
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     device = torch.device(args.device if args.device != "auto" else
                           torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -317,46 +358,64 @@ def main(argv=None):
 
     popular = counts[1:].float().topk(top)  # (top,)
     popular = (popular.indices + 1).int().repeat(U, 1), popular.values.repeat(U, 1)  # (U, top) both
-    save_predictions("popularity", lambda split: popular, 0.0, N)
+    if rank == 0:
+        save_predictions("popularity", lambda split: popular, 0.0, N)
 
     model = SASRec(N, T, args.width, args.heads, args.layers, args.dropout).to(device)
-    optimizer = torch.optim.Adam(model.parameters())
+    replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model  # averages the gradients
+    torch.manual_seed(args.seed + rank)  # dropout and negatives differ by process
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
     log_q = (counts / counts.sum()).log().to(device) if N > SAMPLED_FROM else None  # (N+1,)
-    judges = torch.randperm(U, generator=rng)[:JUDGES]  # (judges,)
-    truth = data["events"][histories(data["offsets"], "valid", T)[2]]  # (U,)
+    judges = torch.randperm(U, generator=rng)[:JUDGES][rank::world]  # (judges,): a process's share
+    truth = data["events"][data["offsets"][1:] - 2]  # (U,)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"sasrec: {parameters:,} parameters; a uniform guess has loss {math.log(N):.3f}")
     losses, ndcg, best, step, began = [], [], None, 0, time.time()
     for epoch in range(args.epochs):
         model.train()
-        start, length = training_windows(data["offsets"], T, rng)  # (W,) both
-        batches, total = equal_length_batches(length, args.batch, rng), 0.0
-        for batch in tqdm(batches, f"epoch {epoch}", leave=False, disable=None):
-            events = take(data["events"], start[batch], int(length[batch[0]]) + 1).to(device)
-            hidden, target = model(events[:, :-1]), events[:, 1:].flatten()  # (B, T, E), (B * T,)
-            loss = cross_entropy(hidden.flatten(0, 1), model.items.weight, target, log_q)
-            # The factor: every target weighs the same, also in a batch that its length left small.
-            (loss * min(1, len(target) / args.batch)).backward()
+        start, length = windows("train", data["offsets"], T, rng)  # (W,) both
+        batches = equal_length_batches(length, args.batch * world, rng)
+        todo = batches[:args.max_steps - step] if args.max_steps else batches
+        total, targets, epoch_began = 0.0, 0, time.time()
+        for batch in tqdm(todo, f"epoch {epoch}", leave=False, disable=rank > 0 or None):
+            window, mine = int(length[batch[0]]), batch[rank::world]  # (B,): a process's share
+            n = window * len(batch)
+            events = data["events"][start[mine, None] + torch.arange(window + 1)]  # (B, window+1)
+            events = events.long().to(device)  # (B, window+1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                hidden = replica(events[:, :-1]).flatten(0, 1)  # (B * window, E)
+                loss = cross_entropy(hidden, model.items.weight, events[:, 1:].flatten(), log_q)
+            # Every target weighs the same, also in a batch that its length left small.
+            (loss * world / max(n, args.batch * world)).backward()
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, step / WARM_UP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total += loss.item() * len(target)
-        losses.append(total / max(1, length.sum().item()))
+            total, targets = total + loss.item(), targets + n
+        hours = (time.time() - epoch_began) / max(1, len(todo)) * len(batches) / 3600
+        losses.append(add_up(torch.tensor(total, device=device)).item() / max(1, targets))
         shown = recommend(model, data, "valid", judges, T, min(10, N), device)[0]  # (judges, 10)
         hit = (shown == truth[judges].unsqueeze(1)).float()  # (judges, 10)
-        ndcg.append((hit / torch.log2(2.0 + torch.arange(hit.shape[1]))).sum(1).mean().item())
+        gain = hit / torch.log2(2.0 + torch.arange(hit.shape[1]))  # (judges, 10)
+        measured = add_up(torch.stack([hit.sum(), gain.sum()]).to(device)) / min(U, JUDGES)  # (2,)
+        ndcg.append(measured[1].item())
         print(f"epoch {epoch:3d}  loss {losses[-1]:.3f}  validation Recall@10 "
-              f"{hit.sum(1).mean():.4f}  NDCG@10 {ndcg[-1]:.4f}  {time.time() - began:.0f} s")
+              f"{measured[0]:.4f}  NDCG@10 {ndcg[-1]:.4f}  {time.time() - began:.0f} s")
         if ndcg[-1] >= max(ndcg):
             best = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
+        if step == args.max_steps > 0:
+            print(f"{step} steps; an epoch has {len(batches):,}, would take {hours:.2f} hours")
+            break
         if epoch - ndcg.index(max(ndcg)) >= args.patience:
             break
+    if rank > 0:
+        return  # one process writes the files
     model.load_state_dict(best)
     seconds = time.time() - began
     recommended = lambda split: recommend(model, data, split, everyone, T, top, device)
-    save_predictions("sasrec", recommended, seconds, parameters)
+    if step != args.max_steps:  # a trial recommends nothing: with many users that takes long
+        save_predictions("sasrec", recommended, seconds, parameters)
 
     # Collaborative codes. Row 0, the padding, was never trained and never is an item.
     items, known = best["items.weight"], counts > 0  # (N+1, E), (N+1,)

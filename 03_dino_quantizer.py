@@ -8,6 +8,7 @@ L = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2.
     python 03_dino_quantizer.py                    # after 01_data.py
     python 03_dino_quantizer.py --plain            # control: DINO, then residual k-means
     python 03_dino_quantizer.py --run runs/shop --init dino_vits16.pth --crop-size 224
+    torchrun --nproc_per_node=2 -- 03_dino_quantizer.py --run runs/shop  # --batch: of each process
 
 reads   data.pt, images.pt
 writes  dino.pt
@@ -16,7 +17,6 @@ writes  dino.pt
           center            float32 (O)             running mean of the teacher's outputs
           losses            float32 (epochs)        L_DINO, nats
           teacher_entropy   float32 (epochs)        nats; near 0 or log O: collapse
-          perplexity        float32 (epochs, 3)     exp(entropy) of the codes' use; 1 if --plain
           seconds           float                   of training
           peak_memory       int                     bytes, the process's largest resident set
           options           dict                    the options of this run
@@ -29,21 +29,20 @@ writes  dino.pt
 
 On the toy shop: 38 seconds, 0.6 GiB (2 cores of an AMD EPYC).
 """
-import argparse, copy, math, os, pathlib, resource, sys, time
-from collections import Counter
+import argparse, atexit, copy, math, os, pathlib, resource, sys, time
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9  # tau_s; of the running mean of the teacher's outputs
-CLIP, BETA = 3.0, 0.25      # largest norm of the gradient; weight of the commitment term
+LR, CLIP, BETA = 1e-3, 3.0, 0.25  # of AdamW; largest norm of the gradient; weight of commitment
 DECAY, DEAD = 0.95, 0.05    # centroids average ~20 steps; restart below DEAD members
-GLOBAL_SCALE, LOCAL_SCALE = (0.4, 1.0), (0.1, 0.4)  # share of the picture's area that a crop shows
+SCALES = (0.4, 1.0), (0.1, 0.4)  # share of the picture's area in a global and in a local crop
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: public weights expect them
-JITTER, HUE = 0.4, 0.3      # shift of light, contrast, saturation; turn of hue in radians
-YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # from RGB
+JITTER = 0.4                # largest change of light, contrast, saturation
 
 # --- Files ---------------------------------------------------------------------------------------
 def fail(message):
@@ -77,22 +76,23 @@ def codebook_size(N):
 def nearest(x, codebook):
     """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)"""
     half_norm = codebook.square().sum(1) / 2  # (K,)
-    return torch.cat([(half_norm - part @ codebook.T).argmin(1) for part in x.split(65536)])
+    return torch.cat([torch.addmm(half_norm, part, codebook.T, alpha=-1).argmin(1)  # (part, K)
+                      for part in x.split(4096)])  # few enough rows to stay in the cache
 
-def kmeans(x, K, rng, steps=30):
+def kmeans(x, K, rng, steps=15):
     """Lloyd's algorithm; a centroid without members restarts at the vector that is served worst.
-
-    x: (n, d) -> codebook (K, d)"""
-    start = torch.randperm(max(len(x), K), generator=rng)[:K] % len(x)  # (K,)
-    codebook = x[start].clone()  # (K, d)
+    1,024 vectors a centroid find it as well as more would. x: (n, d) -> codebook (K, d)"""
+    x = x[torch.randperm(max(len(x), K), generator=rng)[:1024 * K] % len(x)]  # (n, d)
+    codebook = x[:K]  # (K, d)
     for _ in range(steps):
         codes = nearest(x, codebook)  # (n,)
         members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
-        codebook = torch.where(members > 0, sums / members.clamp(min=1), codebook)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:len(x), 0]  # (empty,)
-        worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
-        codebook[empty] = x[worst]
+        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)
+        if len(empty):
+            worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
+            sums[empty], members[empty] = x[worst], 1
+        codebook = sums / members  # (K, d)
     return codebook
 
 def residual_kmeans(x, K, rng):
@@ -105,22 +105,12 @@ def residual_kmeans(x, K, rng):
 
 def quantise(x, codebooks):
     """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
-
     x: (n, d), codebooks: (3, K, d) -> codes (n, 3)"""
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
         residual = residual - codebook[codes[-1]]  # (n, d)
     return torch.stack(codes, 1)  # (n, 3)
-
-def nearest_first(x, codebooks, prefix=()):
-    """All (c_1, c_2, c_3), the nearest to x (d,) first, level by level."""
-    if len(prefix) == len(codebooks):
-        yield prefix
-        return
-    distance = (x - codebooks[len(prefix)]).square().sum(1)  # (K,)
-    for k in distance.argsort(stable=True).tolist():
-        yield from nearest_first(x - codebooks[len(prefix)][k], codebooks, prefix + (k,))
 
 def number_in_group(group, order):
     """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
@@ -135,8 +125,8 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
 
     An item without this modality gets a random place in the tree: it may still be a target.
     Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
-    it, those with the largest residual move to the nearest one with room (empty-leaf
-    redistribution). embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
+    it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
+    embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
     -> codes int16 (N+1, 4), row 0 = -1, and statistics of the known items' codes."""
     K = codebooks.shape[1]
     codes = quantise(embeddings, codebooks)  # (N+1, 3)
@@ -145,16 +135,18 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    moved = (number_in_group(prefix, worst_last) >= K).nonzero()[:, 0].tolist()
-    size = Counter(prefix.tolist()) if moved else {}
-    for item in moved:
-        for code in nearest_first(embeddings[item], codebooks):
-            place = (code[0] * K + code[1]) * K + code[2]
-            if size[place] < K:
-                size[place] += 1
-                codes[item], prefix[item] = torch.tensor(code), place
-                break
-
+    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)
+    size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
+            for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
+    for item in moved.nonzero()[:, 0].tolist():
+        residual, place = embeddings[item], 0  # (d,)
+        for l, C in enumerate(codebooks):  # the nearest branch that is not full
+            full = size[l].view(-1, K)[place] == K ** (3 - l)  # (K,)
+            distance = (residual - C).square().sum(1).masked_fill(full, math.inf)  # (K,)
+            k = distance.argmin().item()
+            codes[item, l], residual, place = k, residual - C[k], place * K + k
+            size[l][place] += 1
+        prefix[item] = place
     most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
@@ -162,40 +154,49 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     entropy = [torch.special.entr(n / n.sum().clamp(min=1)).sum().item() for n in use]
     shared = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
     stats = {"used": [(n > 0).float().mean().item() for n in use],
-             "perplexity": [math.exp(h) for h in entropy], "moved": len(moved),
+             "perplexity": [math.exp(h) for h in entropy], "moved": moved.sum().item(),
              "unique": [(n == 1).sum().item() / max(1, n.sum().item()) for n in shared],
              "largest": [max(n.tolist(), default=0) for n in shared]}
     print(f"codes: {min(stats['used'][:3]):.0%} or more of {K} in use, {stats['unique'][2]:.0%} of "
           f"the items alone after level 3, at most {stats['largest'][2]} together")
     return codes.to(torch.int16), stats
 
-# --- Views of a picture --------------------------------------------------------------------------
-def crops(x, size, scale):
-    """A random view of each picture, `scale` (from, to) of its area, mirrored or not, in other
-    light and colours. x: (n, 3, S, S) in 0..1 -> (n, 3, size, size)"""
-    n, draw = len(x), lambda low, high, *n: torch.empty(*n, device=x.device).uniform_(low, high)
-    side, stretch = draw(*scale, n).sqrt(), draw(3 / 4, 4 / 3, n).sqrt()  # (n,), (n,)
-    half = torch.stack([side * stretch, side / stretch], 1).clamp(max=1)  # (n, 2)
-    middle = (1 - half) * draw(-1, 1, n, 2)  # (n, 2)
-    half[:, 0] *= draw(-1, 1, n).sign()  # a negative width flips
-    box = torch.cat([torch.diag_embed(half), middle.unsqueeze(2)], 2)  # (n, 2, 3)
-    grid = F.affine_grid(box, (n, 3, size, size), align_corners=False)  # (n, size, size, 2)
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)  # (n, 3, size, size)
-    # Colour shifts are linear in RGB: hue turns the plane of colours, saturation stretches it.
-    light, contrast, saturation = 1 + JITTER * draw(-1, 1, 3, n, 1, 1, 1)  # (n, 1, 1, 1) each
-    hue = HUE * draw(-1, 1, n)  # (n,)
-    turn = torch.stack([hue.cos(), -hue.sin(), hue.sin(), hue.cos()], 1).view(n, 2, 2)  # (n, 2, 2)
-    to_yiq = torch.tensor(YIQ, device=x.device)  # (3, 3)
-    grey, colours = torch.einsum("ij,njhw->nihw", to_yiq, x).split([1, 2], 1)  # 1 and 2 channels
-    colours = saturation * torch.einsum("nij,njhw->nihw", turn, colours)  # (n, 2, size, size)
-    x = torch.einsum("ij,njhw->nihw", to_yiq.inverse(), torch.cat([grey, colours], 1))
-    mean = x.mean((1, 2, 3), keepdim=True)  # (n, 1, 1, 1)
-    return (light * (mean + contrast * (x - mean))).clamp(0, 1)  # (n, 3, size, size)
+# --- Several processes: torchrun --nproc_per_node=2 ----------------------------------------------
+def join():
+    """Under torchrun, meets the other processes (gloo between CPUs, nccl between GPUs). -> rank,
+    the number of this one, and world, how many there are. Only rank 0 prints and writes files."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size()
 
-def pictures(images, items, size, device):
-    """The un-augmented pictures of `items`. -> (n, 3, size, size) in 0..1"""
-    x = images[items].to(device).float() / 255  # (n, 3, S, S)
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)  # (n, 3, size, size)
+def add_up(x):
+    """The sum of a tensor over all processes, in place: each has seen its share."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+# --- Views of a picture --------------------------------------------------------------------------
+def crops(x, size, scale, luck):
+    """Views that show `scale` (from, to) of a picture's area, mirrored or not, in other light and
+    colours. x: (n, 3, S, S) in 0..1, luck: (n, 8) in -1..1 -> (n, 3, size, size)"""
+    side = (sum(scale) + (scale[1] - scale[0]) * luck[:, 0]).div(2).sqrt()  # (n,)
+    stretch = (4 / 3) ** (luck[:, 1] / 2)  # (n,)
+    half = torch.stack([side * stretch, side / stretch], 1).clamp(max=1)  # (n, 2)
+    middle = (1 - half) * luck[:, 2:4]  # (n, 2)
+    half[:, 0] *= luck[:, 4].sign()  # a negative width flips
+    pixel = torch.arange(1, 2 * size, 2, device=x.device) / size - 1  # (size,)
+    square = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"), 2)  # (size, size, 2)
+    grid = middle[:, None, None] + half[:, None, None] * square  # (n, size, size, 2)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)  # (n, 3, size, size)
+    light, contrast, saturation = 1 + JITTER * luck[:, 5:8].T.view(3, -1, 1, 1, 1)
+    grey, mean = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)  # 1 channel, 1 number
+    return (light * (mean + contrast * (grey - mean + saturation * (x - grey)))).clamp(0, 1)
 
 # --- Model: named as in the public release, whose weights fit ------------------------------------
 class Block(nn.Module):
@@ -206,11 +207,15 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(E, 3 * E), "proj": nn.Linear(E, E)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(E, 4 * E), "fc2": nn.Linear(4 * E, E)})
 
-    def forward(self, x):
+    def forward(self, x, out=None):
+        """x: (n, T, E) -> (n, out or T, E): what the block makes of the first `out` tokens"""
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (n, T, 3, H, E/H)
-        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (n, H, T, E/H)
-        x = x + self.attn["proj"](y.transpose(1, 2).flatten(2))  # (n, T, E)
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))  # (n, T, E)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n, H, T, E/H) each
+        # On CPUs the fused attention of PyTorch 2.13 takes five times as long as this in bfloat16.
+        scores = q[:, :, :out] @ k.transpose(2, 3) / math.sqrt(k.shape[3])  # (n, H, out, T)
+        y = scores.softmax(3) @ v  # (n, H, out, E/H)
+        x = x[:, :out] + self.attn["proj"](y.transpose(1, 2).flatten(2))  # (n, out, E)
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))  # (n, out, E)
 
 class VisionTransformer(nn.Module):
     """x: (n, 3, S, S) in 0..1, any S that `patch` divides -> [CLS] (n, E)"""
@@ -228,9 +233,9 @@ class VisionTransformer(nn.Module):
         place = resample(self.pos_embed, x.shape[-1])  # (1, 1 + s*s, E)
         cls = self.cls_token.expand(len(x), -1, -1)  # (n, 1, E)
         x = torch.cat([cls, x.flatten(2).transpose(1, 2)], 1) + place  # (n, 1 + s*s, E)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)  # (n, 1 + s*s, E)
-        return self.norm(x[:, 0])  # (n, E)
+        return self.norm(self.blocks[-1](x, 1)[:, 0])  # (n, E): the last block is asked for [CLS]
 
 def resample(pos_embed, side):
     """Places of a grid of s x s patches, stretched to side x side. -> (1, 1 + side*side, E)"""
@@ -240,7 +245,7 @@ def resample(pos_embed, side):
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 class Head(nn.Module):
-    """Cosine with each of O learned prototypes. (n, E) -> (n, O)"""
+    """Cosine with each of O prototypes: weight norm with its gain held at 1. (n, E) -> (n, O)"""
     def __init__(self, E, O):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(E, 4 * E), nn.GELU(), nn.Linear(4 * E, 4 * E),
@@ -248,49 +253,52 @@ class Head(nn.Module):
         self.last_layer = nn.Linear(E, O, bias=False)
 
     def forward(self, z):
-        # Prototypes of unit length are the release's weight norm with its gain held at g = 1.
         prototypes = F.normalize(self.last_layer.weight, dim=1)  # (O, E)
         return F.normalize(self.mlp(z), dim=1) @ prototypes.T  # (n, O)
 
-class ResidualQuantiser(nn.Module):
+class ResidualQuantiser:
     """z_q = sum_l C_l[c_l]. Codebooks are no parameters: they follow the means of their members."""
     def __init__(self, codebooks):
-        super().__init__()
-        self.register_buffer("codebooks", codebooks)  # (3, K, E)
-        self.register_buffer("sums", codebooks.clone())  # (3, K, E)
-        self.register_buffer("members", torch.ones(codebooks.shape[:2]))  # (3, K)
+        self.codebooks, self.sums = codebooks, codebooks.clone()  # (3, K, E) each
+        self.members = codebooks.new_ones(codebooks.shape[:2])  # (3, K)
 
-    def forward(self, z):
-        """z: (n, E) -> z_q (n, E), commitment (), codes (n, 3)"""
-        codes = quantise(z.detach(), self.codebooks)  # (n, 3)
-        z_q, commitment = torch.zeros_like(z), 0
+    def __call__(self, z):
+        """z: (n, E) -> z_q (n, E), commitment (), a sum over n"""
+        codes, z_q, commitment = quantise(z.detach(), self.codebooks), torch.zeros_like(z), 0
         for level, codebook in enumerate(self.codebooks):
             z_q = z_q + codebook[codes[:, level]]  # (n, E)
             # What levels 1..l leave of z; a mean over d, not a sum: one beta for all widths.
-            commitment = commitment + (z - z_q).square().mean()
-        return z + (z_q - z).detach(), commitment, codes  # argmin has no gradient: straight through
+            commitment = commitment + (z - z_q).square().mean(1).sum()
+        return z + (z_q - z).detach(), commitment  # argmin has no gradient: straight through
 
-    @torch.no_grad()
-    def update(self, z, codes, decay=DECAY):
-        """Centroids follow the mean of their members, dead ones jump to a residual. z: (n, E)"""
-        residual = z
-        for level, codebook in enumerate(self.codebooks):
-            members, sums, code = self.members[level], self.sums[level], codes[:, level]
+    def update(self, residual, rng, decay=DECAY):
+        """Centroids follow the mean of their members, dead ones jump to a residual. (n, E)"""
+        for members, sums, codebook in zip(self.members, self.sums, self.codebooks):
+            code = nearest(residual, codebook)  # (n,)
             members.mul_(decay).add_(torch.bincount(code, minlength=len(members)), alpha=1 - decay)
             sums.mul_(decay).index_add_(0, code, residual, alpha=1 - decay)
             dead = (members < DEAD).nonzero()[:, 0]  # (dead,)
-            sums[dead] = residual[torch.randint(len(z), dead.shape, device=z.device)]  # (dead, E)
-            members[dead] = 1
+            chosen = torch.randint(len(residual), dead.shape, generator=rng)  # (dead,)
+            sums[dead], members[dead] = residual[chosen], 1
             residual = residual - codebook[code]  # (n, E)
             codebook.copy_(sums / members.unsqueeze(1))
+
+class Model(nn.ModuleDict):
+    """Student or teacher: backbone (it alone may be bfloat16), quantiser if there is one, head."""
+    def forward(self, views, quantiser=None, bf16=False):
+        """views: (n, 3, S, S) of any S -> of all: logits (n, O), z (n, E), commitment ()"""
+        with torch.autocast(views[0].device.type, torch.bfloat16, enabled=bf16):
+            z = torch.cat([self["backbone"](view) for view in views]).float()  # (n, E)
+        # A second term with z itself, past the quantiser, measured no better: left out.
+        z_q, commitment = quantiser(z) if quantiser else (z, 0.0)  # (n, E), ()
+        return self["head"](z_q), z.detach(), commitment
 
 def load_backbone(path, size):
     """The ViT in a file of the public release or in our dino.pt, for pictures of size x size."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        state = state.get("teacher", state.get("student", state))
-        state = {name.removeprefix("module.").removeprefix("backbone."): w
-                 for name, w in state.items() if "head." not in name}
+        state = {name.removeprefix("module.").removeprefix("backbone."): w for name, w in
+                 state.get("teacher", state.get("student", state)).items() if "head." not in name}
         width, _, _, patch = state["patch_embed.proj.weight"].shape
         vit = VisionTransformer(size, patch, width, sum("norm1.weight" in name for name in state))
         vit.load_state_dict(state | {"pos_embed": resample(state["pos_embed"], size // patch)})
@@ -299,22 +307,20 @@ def load_backbone(path, size):
         fail(f"--init {path}: no ViT in it ({type(error).__name__}), give a backbone or a dino.pt.")
 
 @torch.no_grad()
-def embed(vit, images, items, size, device):
-    """[CLS] of the un-augmented pictures. -> (n, E) on the CPU"""
-    return torch.cat([vit(pictures(images, part, size, device)).cpu() for part in items.split(256)])
+def embed(vit, images, items, size):
+    """[CLS] of the un-augmented pictures. -> (n, E)"""
+    scale = lambda x: F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    return torch.cat([vit(scale(images[part].to(vit.cls_token.device) / 255))  # (256, E)
+                      for part in items.split(256)])
 
 # --- Loss and schedules --------------------------------------------------------------------------
 def dino_loss(p_t, logits):
-    """Mean cross-entropy of the pairs (teacher's crop t, student's crop v), t != v. The student's
-    crops 0 and 1 are the teacher's two. p_t: (2, B, O), logits: (V, B, O) -> ()"""
+    """Cross-entropy of the teacher's crop t and the student's v, mean of the pairs t != v, sum of
+    the B pictures. The student's crops 0 and 1 are the teacher's two.
+    p_t: (2, B, O), logits: (V, B, O) -> ()"""
     log_p_s = (logits / STUDENT_TEMP).log_softmax(2)  # (V, B, O)
-    pairs = -torch.einsum("tbo,vbo->tv", p_t, log_p_s) / p_t.shape[1]  # (2, V)
+    pairs = -torch.einsum("tbo,vbo->tv", p_t, log_p_s)  # (2, V)
     return (pairs.sum() - pairs.diagonal().sum()) / (pairs.numel() - 2)
-
-@torch.no_grad()
-def update_teacher(teacher, student, momentum):
-    for average, weight in zip(teacher.parameters(), student.parameters()):
-        average.lerp_(weight, 1 - momentum)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -327,7 +333,8 @@ def main(argv=None):
     add("--init", help="file of ViT weights to start from; sets width, depth, patch")
     add("--epochs", type=int, default=8, help="passes over the pictures")
     add("--batch", type=int, default=32, help="pictures a step")
-    add("--lr", type=float, default=1e-3, help="learning rate of AdamW, at its highest")
+    add("--max-steps", type=int, default=0, help="a trial: stop after some; 0: no limit")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
     add("--width", type=int, default=96, help="E: width of the ViT")
     add("--depth", type=int, default=4, help="blocks of the ViT")
     add("--patch", type=int, default=0, help="pixels along a patch; 0: an eighth of a crop's")
@@ -339,6 +346,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
+    rank, world = join()
     device = torch.device(args.device if args.device != "auto" else
                           torch.accelerator.current_accelerator(check_available=True) or "cpu")
     data = load(run / "data.pt", "01_data.py")
@@ -348,94 +356,93 @@ def main(argv=None):
     size, width = args.crop_size or images.shape[-1], args.width
     patch = args.patch or max(1, size // 8)  # so 64 patches, at the same cost for any picture size
     sizes = (args.epochs, args.batch, args.depth, patch, args.out_dim, width, args.local_crops + 1)
-    if min(sizes) < 1 or size % patch or width % max(3, width // 64):
+    if min(*sizes, args.max_steps + 1) < 1 or size % patch or width % max(3, width // 64):
         fail(f"Sizes start at 1; patches of {patch} must tile crops of {size}, heads {width}.")
     vit = load_backbone(args.init, size) if args.init else \
         VisionTransformer(size, patch, width, args.depth)
     width, _, _, patch = vit.patch_embed["proj"].weight.shape
-    student = nn.ModuleDict({"backbone": vit, "head": Head(width, args.out_dim)}).to(device)
+    bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
+    student = Model({"backbone": vit, "head": Head(width, args.out_dim)}).to(device)
     teacher, quantiser = copy.deepcopy(student).requires_grad_(False), None
+    forward = nn.parallel.DistributedDataParallel(student) if world > 1 else student
     center = torch.zeros(args.out_dim, device=device)  # (O,)
     weights = list(student.parameters())  # weight decay .04 -> .4 on matrices, none on vectors
     optimizer = torch.optim.AdamW([{"params": [w for w in weights if (w.ndim > 1) == matrix]}
-                                   for matrix in (True, False)])
-    local = max(1, size // 2 // patch) * patch  # half a global crop, in whole patches
-    kinds = [(2, size, GLOBAL_SCALE), (args.local_crops, local, LOCAL_SCALE)]
-    steps = args.epochs * math.ceil(len(items) / args.batch)
-    # The teacher averages 250 steps (.996) as published; fewer in short runs, or it hardly moves.
-    momentum = 1 - 1 / min(250, max(2, steps / 25))
+                                   for matrix in (True, False)], fused=True)
+    V, local = 2 + args.local_crops, max(1, size // 2 // patch) * patch  # views; whole patches
+    epoch_steps = math.ceil(len(items) / (args.batch * world))
+    stop = min(args.max_steps or sys.maxsize, steps := args.epochs * epoch_steps)
+    momentum = 1 - 1 / min(250, max(2, steps / 25))  # .996 as published, less in a short run
     print(f"{len(items)} of {len(known) - 1} items have a picture; K = {K}; {steps} steps; crops "
           f"of {size} and {local} px; a uniform guess has loss {math.log(args.out_dim):.2f}")
-    curves, started = [], time.time()
-    for epoch in range(args.epochs if len(items) else 0):
-        sums, counts = torch.zeros(2), torch.zeros(3, K)  # (2,), (3, K)
+    curves, started = torch.zeros(math.ceil(stop / max(1, epoch_steps)), 2), time.time()
+    for epoch, sums in enumerate(curves):  # (2,)
         order = items[torch.randperm(len(items), generator=rng)]  # (n,)
-        bar = tqdm(order.split(args.batch), f"epoch {epoch + 1}", leave=False, disable=None)
-        for step, batch in enumerate(bar, epoch * (steps // args.epochs)):
+        batches = order.split(args.batch * world)[:stop - epoch * epoch_steps]  # (B,) each
+        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
+        for step, batch in enumerate(bar, epoch * epoch_steps):
             done, wave = step / steps, (1 + math.cos(math.pi * step / steps)) / 2  # 0 to 1, 1 to 0
             for group, decay in zip(optimizer.param_groups, (0.4 - 0.36 * wave, 0)):
-                group["lr"], group["weight_decay"] = args.lr * min(wave, 10 * done + 0.01), decay
-            temperature = min(0.07, 0.04 + 0.1 * done)  # tau_t
-            x = pictures(images, batch, size, device)  # (B, 3, size, size)
-            views = [crops(x.repeat(n, 1, 1, 1), side, scale) for n, side, scale in kinds if n]
+                group["lr"], group["weight_decay"] = LR * min(wave, 10 * done + 0.01), decay
+            tau_t = min(0.07, 0.04 + 0.1 * done)  # temperature of the teacher
+            # Every process draws for the whole batch of B and takes its share, b = B / world.
+            x, B = images[batch[rank::world]].to(device) / 255, len(batch)  # (b, 3, S, S)
+            luck = 2 * torch.rand(V, B, 8, generator=rng)[:, rank::world].to(device) - 1  # V, b, 8
+            views = [crops(x.repeat(len(part), 1, 1, 1), side, scale, part.flatten(0, 1))
+                     for part, side, scale in zip(luck.split([2, V - 2]), (size, local), SCALES)]
             with torch.no_grad():
-                out = teacher["head"](teacher["backbone"](views[0]))  # (2B, O)
-                p_t = ((out - center) / temperature).softmax(1).view(2, len(batch), -1)  # (2, B, O)
-                center.lerp_(out.mean(0), 1 - CENTER_MOMENTUM)
-            z = torch.cat([student["backbone"](view) for view in views])  # (V*B, d)
-            z_q, commitment = z, 0.0
-            if not args.plain:
-                if quantiser is None:
-                    first = embed(student["backbone"], images, order[:16 * K], size, device)
-                    quantiser = ResidualQuantiser(residual_kmeans(first, K, rng)).to(device)
-                z_q, commitment, codes = quantiser(z)  # (V*B, d), (), (V*B, 3)
-                quantiser.update(z.detach(), codes)
-                counts += torch.stack([torch.bincount(c, minlength=K) for c in codes.T]).cpu()
-            # A second term with z itself, past the quantiser, measured no better: left out.
-            loss = dino_loss(p_t, student["head"](z_q).view(-1, *p_t.shape[1:]))  # L_DINO
+                out = teacher(views[:1], bf16=bf16)[0]  # (2b, O)
+                p_t = ((out - center) / tau_t).softmax(1).unflatten(0, (2, len(x)))  # (2, b, O)
+                center.lerp_(add_up(out.sum(0)) / (2 * B), 1 - CENTER_MOMENTUM)
+            if quantiser is None and not args.plain:
+                first = embed(vit, images, order[:16 * K], size).cpu()  # (16K, d)
+                quantiser = ResidualQuantiser(residual_kmeans(first, K, rng).to(device))
+            logits, z, commitment = forward(views, quantiser, bf16)  # (V*b, O), (V*b, d), ()
+            if quantiser:
+                everyone = torch.zeros(V, B, width, device=device)  # (V, B, d)
+                everyone[:, rank::world] = z.unflatten(0, (V, len(x)))
+                quantiser.update(add_up(everyone).flatten(0, 1), rng)
+            loss = dino_loss(p_t, logits.unflatten(0, (V, len(x)))) / B  # our part of L_DINO
             optimizer.zero_grad()
-            (loss + BETA * commitment).backward()
+            # Gradients are averaged over processes, but the loss is a sum of parts: times world.
+            (world * (loss + BETA * commitment / (V * B))).backward()
             if epoch == 0:  # the prototypes wait until there is something to be like
                 student["head"].last_layer.weight.grad = None
             nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.step()
-            update_teacher(teacher, student, 1 - (1 - momentum) * wave)
-            sums += torch.tensor([loss.item(), torch.special.entr(p_t).sum(2).mean()]) / len(bar)
-            if step == 0:
-                print(f"first loss {loss.item():.2f}: before there is a centre, all look alike")
-        perplexity = torch.special.entr(F.normalize(counts, p=1, dim=1)).sum(1).exp()  # (3,)
-        curves.append(torch.cat([sums, perplexity]).tolist())
-        print(f"epoch {epoch + 1}: loss {sums[0]:.2f} = entropy of p_t {sums[1]:.2f} + KL; "
-              f"perplexity {perplexity.int().tolist()} of {K}; {time.time() - started:.0f} s")
-
+            for average, weight in zip(teacher.parameters(), weights):
+                average.lerp_(weight.detach(), (1 - momentum) * wave)
+            entropy = torch.special.entr(p_t).sum() / (2 * B)  # ()
+            sums += add_up(torch.stack([loss.detach(), entropy])).cpu() / len(batches)
+        print(f"epoch {epoch + 1}: loss {sums[0]:.2f} = entropy of p_t {sums[1]:.2f} + KL")
     seconds, peak = time.time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if stop < steps:
+        hours = epoch_steps * seconds / stop / 3600
+        print(f"{stop} steps; an epoch has {epoch_steps:,}, would take {hours:.2f} hours")
+    if rank:
+        return  # rank 0 needs the others no more
     embeddings = torch.zeros(len(known), width if len(items) else 1)  # (N+1, d)
     codebooks = torch.zeros(3, K, embeddings.shape[1])  # (3, K, d)
     if len(items):
-        z = embed(teacher["backbone"], images, items, size, device)  # (n, d)
-        if quantiser:
-            # Ours: ten of Lloyd's steps, from the student's crops to the teacher's whole pictures.
-            codebooks = quantiser.cpu().codebooks  # (3, K, d)
-            for _ in range(10):
-                quantiser.update(z, quantise(z, codebooks), decay=0)
-        else:
-            codebooks = residual_kmeans(z, K, rng)  # (3, K, d)
+        z = embed(teacher["backbone"], images, items, size)  # (n, d)
+        # Ours: ten of Lloyd's steps, from the student's crops to the teacher's whole pictures.
+        for _ in range(10 if quantiser else 0):
+            quantiser.update(z, rng, decay=0)
+        z = z.cpu()  # (n, d)
+        codebooks = quantiser.codebooks.cpu() if quantiser else residual_kmeans(z, K, rng)
         # Standardised with one scale for all coordinates, which leaves every code as it is.
         mean, scale = z.mean(0), z.var(0, correction=0).mean().sqrt().clamp(min=1e-6)  # (d,), ()
         embeddings[items] = (z - mean) / scale  # (n, d)
         codebooks[0] -= mean
         codebooks /= scale
     codes, stats = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, 4)
-    curves = torch.tensor(curves).view(-1, 5)  # (epochs, 5)
     save({"student": student.cpu().state_dict(), "teacher": teacher.cpu().state_dict(),
           "center": center.cpu(), "losses": curves[:, 0], "teacher_entropy": curves[:, 1],
-          "perplexity": curves[:, 2:], "seconds": seconds, "peak_memory": peak,
-          "options": vars(args)}, run / "dino.pt")
+          "seconds": seconds, "peak_memory": peak, "options": vars(args)}, run / "dino.pt")
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
           "stats": stats}, run / "image_codes.pt")
     shelf = items[codes[items, 0] == codes[items[:1], 0]][:8].tolist()
-    print("items of one first code: " + " | ".join(data["titles"][i] for i in shelf) if shelf else
-          "No item has a picture: every image code is a random place of its own.")
+    print("items of one first code: " + " | ".join(data["titles"][i] for i in shelf))
 
 if __name__ == "__main__":
     main()

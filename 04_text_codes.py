@@ -163,22 +163,23 @@ def codebook_size(N):
 def nearest(x, codebook):
     """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)"""
     half_norm = codebook.square().sum(1) / 2  # (K,)
-    return torch.cat([(half_norm - part @ codebook.T).argmin(1) for part in x.split(65536)])
+    return torch.cat([torch.addmm(half_norm, part, codebook.T, alpha=-1).argmin(1)  # (part, K)
+                      for part in x.split(4096)])  # few enough rows to stay in the cache
 
-def kmeans(x, K, rng, steps=30):
+def kmeans(x, K, rng, steps=15):
     """Lloyd's algorithm; a centroid without members restarts at the vector that is served worst.
-
-    x: (n, d) -> codebook (K, d)"""
-    start = torch.randperm(max(len(x), K), generator=rng)[:K] % len(x)  # (K,)
-    codebook = x[start].clone()  # (K, d)
+    1,024 vectors a centroid find it as well as more would. x: (n, d) -> codebook (K, d)"""
+    x = x[torch.randperm(max(len(x), K), generator=rng)[:1024 * K] % len(x)]  # (n, d)
+    codebook = x[:K]  # (K, d)
     for _ in range(steps):
         codes = nearest(x, codebook)  # (n,)
         members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
-        codebook = torch.where(members > 0, sums / members.clamp(min=1), codebook)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:len(x), 0]  # (empty,)
-        worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
-        codebook[empty] = x[worst]
+        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)
+        if len(empty):
+            worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
+            sums[empty], members[empty] = x[worst], 1
+        codebook = sums / members  # (K, d)
     return codebook
 
 def residual_kmeans(x, K, rng):
@@ -191,22 +192,12 @@ def residual_kmeans(x, K, rng):
 
 def quantise(x, codebooks):
     """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
-
     x: (n, d), codebooks: (3, K, d) -> codes (n, 3)"""
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
         residual = residual - codebook[codes[-1]]  # (n, d)
     return torch.stack(codes, 1)  # (n, 3)
-
-def nearest_first(x, codebooks, prefix=()):
-    """All (c_1, c_2, c_3), the nearest to x (d,) first, level by level."""
-    if len(prefix) == len(codebooks):
-        yield prefix
-        return
-    distance = (x - codebooks[len(prefix)]).square().sum(1)  # (K,)
-    for k in distance.argsort(stable=True).tolist():
-        yield from nearest_first(x - codebooks[len(prefix)][k], codebooks, prefix + (k,))
 
 def number_in_group(group, order):
     """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
@@ -221,8 +212,8 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
 
     An item without this modality gets a random place in the tree: it may still be a target.
     Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
-    it, those with the largest residual move to the nearest one with room (empty-leaf
-    redistribution). embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
+    it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
+    embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
     -> codes int16 (N+1, 4), row 0 = -1, and statistics of the known items' codes."""
     K = codebooks.shape[1]
     codes = quantise(embeddings, codebooks)  # (N+1, 3)
@@ -231,16 +222,18 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    moved = (number_in_group(prefix, worst_last) >= K).nonzero()[:, 0].tolist()
-    size = Counter(prefix.tolist()) if moved else {}
-    for item in moved:
-        for code in nearest_first(embeddings[item], codebooks):
-            place = (code[0] * K + code[1]) * K + code[2]
-            if size[place] < K:
-                size[place] += 1
-                codes[item], prefix[item] = torch.tensor(code), place
-                break
-
+    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)
+    size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
+            for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
+    for item in moved.nonzero()[:, 0].tolist():
+        residual, place = embeddings[item], 0  # (d,)
+        for l, C in enumerate(codebooks):  # the nearest branch that is not full
+            full = size[l].view(-1, K)[place] == K ** (3 - l)  # (K,)
+            distance = (residual - C).square().sum(1).masked_fill(full, math.inf)  # (K,)
+            k = distance.argmin().item()
+            codes[item, l], residual, place = k, residual - C[k], place * K + k
+            size[l][place] += 1
+        prefix[item] = place
     most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
@@ -248,7 +241,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     entropy = [torch.special.entr(n / n.sum().clamp(min=1)).sum().item() for n in use]
     shared = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
     stats = {"used": [(n > 0).float().mean().item() for n in use],
-             "perplexity": [math.exp(h) for h in entropy], "moved": len(moved),
+             "perplexity": [math.exp(h) for h in entropy], "moved": moved.sum().item(),
              "unique": [(n == 1).sum().item() / max(1, n.sum().item()) for n in shared],
              "largest": [max(n.tolist(), default=0) for n in shared]}
     print(f"codes: {min(stats['used'][:3]):.0%} or more of {K} in use, {stats['unique'][2]:.0%} of "

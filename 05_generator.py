@@ -1,10 +1,10 @@
 """The generator: a T5-style transformer reads the codes of a history and writes the next item's.
 
-Every item of a history is M = D * L tokens: its image, text and collaborative codes in a row. The
-encoder reads them, the decoder writes the L codes of one modality of the item that comes next.
-The training softmax runs only over codes that continue a real item (constrained sequence
-learning; MSCGRec, arXiv 2602.03713), and beam search walks the same prefix tree, so that each of
-its beams is a real item. Left out: T5's output tied to the embeddings, its dropout on attention.
+An item of the history is M = D * L tokens: its image, text and collaborative codes. The encoder
+reads them, the decoder writes the L codes of one modality of the next item. The training softmax
+runs only over codes that continue a real item (constrained sequence learning; MSCGRec, arXiv
+2602.03713); beam search walks the same prefix tree: each of its beams is a real item. Left out:
+T5's output tied to the embeddings, its dropout on attention.
 
     python 05_generator.py                                               # MSCGRec
     python 05_generator.py --name tiger --modalities text --target text  # TIGER-like: text alone
@@ -21,9 +21,10 @@ writes  generator-mscgrec.pt
 
 On the toy shop: 1.7 minutes, 0.7 GiB (2 cores of an AMD EPYC).
 """
-import argparse, math, os, pathlib, resource, sys, time
+import argparse, atexit, math, os, pathlib, resource, sys, time
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -57,16 +58,41 @@ def save(artifact, path):
         os.fsync(file.fileno())
     os.replace(partial, path)
 
+# --- Several processes: torchrun --nproc_per_node=2 ----------------------------------------------
+def join():
+    """Under torchrun, meets the other processes (gloo between CPUs, nccl between GPUs). -> rank,
+    the number of this one, and world, how many there are. Only rank 0 prints and writes files."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size()
+
+def add_up(x):
+    """The sum of a tensor over all processes, in place: each has seen its share."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
 # --- Data: sequences cut from the flat array of events -------------------------------------------
-def training_windows(offsets, T, rng):
-    """Cuts the users' training events into windows: inputs events[start:start+length], at most T,
-    and targets one event later. Each event but a user's first is a target once; where a history
-    is longer than T, the cuts move by a random phase. offsets (U+1,) -> start, length (W,)"""
+def windows(split, offsets, T, rng=None):
+    """What a model sees: slices events[start:start+length], at most T long. Validation and test:
+    what precedes a user's held-out event. Training: inputs, whose targets are one event later, so
+    that every event but a user's first is a target once; cuts of longer histories move by a
+    random phase. offsets (U+1,) -> start, length (W,)"""
+    if split != "train":
+        target = offsets[1:] - (1 if split == "test" else 2)  # (U,)
+        start = torch.maximum(offsets[:-1], target - T)  # (U,)
+        return start, target - start
     U, targets = len(offsets) - 1, (offsets.diff() - 3).clamp(min=0)  # (U,); two are held out
     phase = torch.randint(T, (U,), generator=rng) * (targets > T)  # (U,)
-    windows = (targets + phase + T - 1) // T  # (U,)
-    user = torch.arange(U).repeat_interleave(windows)  # (W,)
-    number = torch.arange(len(user)) - (windows.cumsum(0) - windows)[user]  # (W,)
+    count = (targets + phase + T - 1) // T  # (U,)
+    user = torch.arange(U).repeat_interleave(count)  # (W,)
+    number = torch.arange(len(user)) - (count.cumsum(0) - count)[user]  # (W,)
     begin = (number * T - phase[user]).clamp(min=0)  # (W,)
     end = torch.minimum((number + 1) * T - phase[user], targets[user])  # (W,)
     return offsets[user] + begin, end - begin
@@ -80,17 +106,6 @@ def equal_length_batches(lengths, tokens, rng=None):
         batches += group.split(max(1, tokens // int(lengths[group[0]])))
     return [batches[i] for i in torch.randperm(len(batches), generator=rng)]
 
-def take(events, start, length):
-    """The slices events[start:start+length], all of one length. start: (B,) -> (B, length)"""
-    return events[start.unsqueeze(1) + torch.arange(length)].long()
-
-def histories(offsets, split, T):
-    """Up to T events before each user's validation or test event: start, length, and the place of
-    that event. offsets (U+1,) -> (U,) each"""
-    target = offsets[1:] - (1 if split == "test" else 2)  # (U,)
-    start = torch.maximum(offsets[:-1], target - T)  # (U,)
-    return start, target - start, target
-
 # --- The prefix tree of all item codes -----------------------------------------------------------
 class Trie:
     """Which codes continue a prefix so that a real item can come of it. From codes (N+1, L), once:
@@ -99,47 +114,39 @@ class Trie:
     path        int64 (N+1, L)          the node of an item's prefix of l codes, l = 0..L-1
     leaf_item   int64 (N,)              the item of each leaf"""
     def __init__(self, codes, K):
-        codes, self.K, self.L = codes[1:].long(), K, codes.shape[1]
-        self.keys, self.allowed, path = [], [], []
-        key = node = torch.zeros_like(codes[:, 0])  # (N,)
-        keys = key[:1]  # (nodes_l,); the root is the only prefix of no codes
+        codes, self.K, self.L, self.allowed = codes[1:].long(), K, codes.shape[1], []
+        key = torch.zeros_like(codes[:, 0])  # (N,)
+        self.keys, path = [key[:1]], [key]  # the root is the only prefix of no codes
         for l in range(self.L):
             key = key * K + codes[:, l]  # (N,)
-            child, leaf = key.unique(return_inverse=True)  # (nodes_l+1,), (N,)
-            parent, code = torch.searchsorted(keys, child // K), child % K  # (nodes_l+1,) both
-            bits = torch.zeros(len(keys) * K // 8, dtype=torch.uint8, device=key.device)  # flat
-            bits.index_add_(0, parent * (K // 8) + code // 8, (1 << code % 8).to(torch.uint8))
-            self.keys.append(keys)
-            self.allowed.append(bits.view(-1, K // 8))
+            child, node = key.unique(return_inverse=True)  # (nodes_l+1,), (N,)
+            parent = torch.searchsorted(self.keys[l], child // K)  # (nodes_l+1,)
+            bits = torch.zeros(len(self.keys[l]) * K // 8, dtype=torch.uint8, device=key.device)
+            byte, bit = parent * (K // 8) + child % K // 8, 1 << child % 8  # (nodes_l+1,) both
+            self.allowed.append(bits.index_add_(0, byte, bit.to(torch.uint8)).view(-1, K // 8))
+            self.keys.append(child)
             path.append(node)
-            keys, node = child, leaf
-        self.keys.append(keys)
-        if len(keys) < len(codes):
+        if len(child) < len(codes):
             fail("two items have the same code: make the codes of the target modality again.")
-        self.path = F.pad(torch.stack(path, 1), (0, 0, 1, 0))  # (N+1, L)
+        self.path = F.pad(torch.stack(path[:-1], 1), (0, 0, 1, 0))  # (N+1, L)
         self.leaf_item = node.argsort() + 1  # (N,)
-
-    def children(self, l, node):
-        """The mask A(c_<l). node: (...) -> bool (..., K)."""
-        bit = torch.arange(8, device=node.device, dtype=torch.uint8)  # (8,)
-        return (self.allowed[l][node].unsqueeze(-1) >> bit & 1).flatten(-2).bool()  # (..., K)
-
-    def descend(self, l, node, code):
-        """The node of level l+1 that an allowed code leads to. node, code: (...) -> (...)."""
+        bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1  # (256, 8)
+        self.unpacked = bits.float().log().to(key.device)  # (256, 8): 0 or -inf for every bit
+    def barred(self, l, node):  # 0 for A(c_<l), -inf for all other codes. (...) -> (..., K)
+        return F.embedding(self.allowed[l][node].int(), self.unpacked).flatten(-2)
+    def descend(self, l, node, code):  # where a code leads: a node of level l+1. (...) -> (...)
         child = torch.searchsorted(self.keys[l + 1], self.keys[l][node] * self.K + code)  # (...)
         return child.clamp(max=len(self.keys[l + 1]) - 1)  # a code not allowed leads anywhere
 
 def code_losses(logits, codes, items, trie, constrained=True):
-    """loss_l = -[z_l(c_l) - log sum_{k in A(c_<l)} exp z_l(k)], the mean of n targets.
-
+    """loss_l = -[z_l(c_l) - log sum_{k in A(c_<l)} exp z_l(k)], summed over n targets -> (L,)
     The softmax may be cut to the children: what continues no real item can never be right, and
-    the tree knows it already. Not constrained: the softmax over all K codes, the ablation.
-    logits: (n, L, K), codes: (n, L), items: (n,) -> (L,)"""
+    the tree knows it already. logits: (n, L, K), codes: (n, L), items: (n,)"""
     losses = []
-    for l, z in enumerate(logits.unbind(1)):  # z: (n, K)
+    for l, z in enumerate(logits.float().unbind(1)):  # z: (n, K)
         if constrained:
-            z = z.masked_fill(~trie.children(l, trie.path[items, l]), -torch.inf)  # (n, K)
-        losses.append(F.cross_entropy(z, codes[:, l]))
+            z = z + trie.barred(l, trie.path[items, l])  # (n, K)
+        losses.append(F.cross_entropy(z, codes[:, l], reduction="sum"))
     return torch.stack(losses)  # (L,)
 
 # --- The model: T5 (RMSNorm first, no biases in linear layers, ReLU, unscaled attention) ---------
@@ -152,9 +159,7 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.item = nn.Parameter(torch.zeros(H, BUCKETS))
         self.slot = nn.Parameter(torch.zeros(H, query_slots, key_slots))
-
-    def forward(self, S, first=0):
-        """For queries of items first..S-1, keys of all: (H, (S - first) * slots, S * key slots)"""
+    def forward(self, S, first=0):  # items first..S-1 ask: (H, (S - first) * slots, S * slots)
         place, exact = torch.arange(S, device=self.item.device), BUCKETS // 2  # (S,)
         distance = place[first:].unsqueeze(1) - place  # (Q, S)
         far = (distance.clamp(min=1) / exact).log() / math.log(FARTHEST / exact) * exact  # (Q, S)
@@ -169,34 +174,28 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(E, H * head, bias=False) for _ in range(3))
         self.out, self.H = nn.Linear(H * head, E, bias=False), H
         self.q.weight.data /= head ** 0.5  # where others divide the scores by sqrt(head)
-
-    def keys_values(self, x):
-        """x: (..., m, E) -> keys and values (..., H, m, head)"""
+    def keys_values(self, x):  # (..., m, E) -> keys and values (..., H, m, head)
         return [y.unflatten(-1, (self.H, -1)).transpose(-2, -3) for y in (self.k(x), self.v(x))]
-
-    def forward(self, x, keys, values, bias):
-        """x: (..., n, E); bias: broadcasts to (..., H, n, m) -> (..., n, E)."""
+    def forward(self, x, keys, values, bias):  # x: (..., n, E), bias: to (..., H, n, m)
         queries = self.q(x).unflatten(-1, (self.H, -1)).transpose(-2, -3)  # (..., H, n, head)
-        weights = (queries @ keys.transpose(-1, -2) + bias).softmax(-1)  # (..., H, n, m)
+        scores = queries @ keys.transpose(-1, -2)  # (..., H, n, m)
+        weights = scores.add_(bias.to(scores.dtype)).softmax(-1, dtype=scores.dtype)  # the same
         return self.out((weights @ values).transpose(-2, -3).flatten(-2))  # (..., n, E)
 
 class Layer(nn.Module):
-    """Attention to the same sequence, to the encoder's output (in the decoder), and a feed-forward
-    layer: each reads the normalised stream and adds to it."""
+    """Attention to itself, in the decoder also to the encoder's output (memory), and a feed-forward
+    layer: each reads the normalised stream and adds to it. x: (B, S * M, E) in the encoder;
+    (B, Q, l, E) in the decoder, which writes Q items at once: one after each item of the history
+    (training) or one a beam. memory, past: keys and values, of the history and of codes before."""
     def __init__(self, size, decoder):
         super().__init__()
-        E = size.width
+        E, self.dropout = size.width, nn.Dropout(size.dropout)
         self.norms = nn.ModuleList(nn.RMSNorm(E) for _ in range(3 if decoder else 2))
         self.attention = Attention(E, size.heads, size.head)
         self.cross_attention = Attention(E, size.heads, size.head) if decoder else None
         self.up = nn.Linear(E, size.inner, bias=False)
         self.down = nn.Linear(size.inner, E, bias=False)
-        self.dropout = nn.Dropout(size.dropout)
-
     def forward(self, x, bias, past=None, memory=None, cross_bias=None):
-        """x: (B, S * M, E) in the encoder; (B, Q, l, E) in the decoder, which writes Q items side
-        by side: in training one after each item of the history, in decoding one a beam. They share
-        memory, keys and values of the encoder's output; past: those of the codes written before"""
         y = self.norms[0](x)
         keys_values = self.attention.keys_values(y)  # (..., H, n, head) twice
         if past:
@@ -209,118 +208,110 @@ class Layer(nn.Module):
 
 class Generator(nn.Module):
     """Row (d * L + l) * K + k of the token table is code k of level l of modality d; then come a
-    mask token for each modality, and the start token. item_tokens: (N+1, D, L), what a history
-    shows of an item; target_tokens: (N+1, L), what is written; codebooks: D of (3, K, d)."""
-    def __init__(self, item_tokens, target_tokens, codebooks, size):
+    mask token for each modality, and the start token. codes: (N+1, D, L); known: (N+1, D), False
+    where an item lacks a modality; target: the one that is written; codebooks: D of (3, K, d)."""
+    def __init__(self, codes, known, target, codebooks, size):
         super().__init__()
-        (_, D, L), K, E, H = item_tokens.shape, codebooks[0].shape[1], size.width, size.heads
-        self.register_buffer("item_tokens", item_tokens, persistent=False)
-        self.register_buffer("target_tokens", target_tokens, persistent=False)
-        self.mask_token, self.start_token = D * L * K, D * L * K + D
+        (_, D, L), K, E, H = codes.shape, codebooks[0].shape[1], size.width, size.heads
+        tokens = codes + K * torch.arange(D * L).view(D, L)  # (N+1, D, L)
+        masks = D * L * K + torch.arange(D).unsqueeze(1)  # (D, 1)
+        shown = torch.where(known.unsqueeze(2), tokens, masks)  # (N+1, D, L), in histories
+        for name, x in dict(shown=shown, written=tokens[:, target], masks=masks).items():
+            self.register_buffer(name, x, persistent=False)
+        self.start_token = D * L * K + D
         self.tokens, self.dropout = nn.Embedding(D * L * K + D + 1, E), nn.Dropout(size.dropout)
         nn.init.normal_(self.tokens.weight, std=TOKEN_SCALE)
-        for d, codebook in enumerate(codebooks):
-            self.tokens.weight.data[d * L * K:(d * L + 3) * K] = similar_start(codebook, E)
+        semantic = self.tokens.weight.data[:D * L * K].view(D, L * K, E)[:, :3 * K]  # (D, 3 * K, E)
+        semantic.copy_(torch.stack([similar_start(codebook, E) for codebook in codebooks]))
         self.encoder_bias, self.cross_bias = (RelativeBias(H, n, D * L) for n in (D * L, L))
         self.self_bias = nn.Parameter(torch.zeros(H, L, L))
         self.encoder = nn.ModuleList(Layer(size, decoder=False) for _ in range(size.layers))
         self.decoder = nn.ModuleList(Layer(size, decoder=True) for _ in range(size.layers))
         self.encoder_norm, self.decoder_norm = nn.RMSNorm(E), nn.RMSNorm(E)
         self.output = nn.Parameter(torch.randn(L, E, K) * E ** -0.5)
-
-    def encode(self, history, masking=0.0):
-        """history: (B, S) items -> memory: keys and values (B, H, S * M, head) for each layer."""
-        tokens, device = self.item_tokens[history], history.device  # (B, S, D, L)
-        B, S, D, _ = tokens.shape
+    def encode(self, history, masking=0.0):  # (B, S) -> keys, values (B, H, S * M, head) a layer
+        tokens, D = self.shown[history], len(self.masks)  # (B, S, D, L)
         if masking:  # hide one modality of some items, as if they lacked it: the others must do
-            modality = torch.arange(D, device=device).view(D, 1)  # (D, 1)
-            hidden = torch.randint(D, (B, S, 1, 1), device=device) == modality  # (B, S, D, 1)
-            hidden &= torch.rand(B, S, 1, 1, device=device) < masking  # (B, S, D, 1)
-            tokens = torch.where(hidden, self.mask_token + modality, tokens)  # (B, S, D, L)
+            which = torch.rand(*history.shape, 1, device=history.device) * D / masking  # (B, S, 1)
+            hidden = which.long() == torch.arange(D, device=history.device)  # (B, S, D)
+            tokens = torch.where(hidden.unsqueeze(3), self.masks, tokens)  # (B, S, D, L)
         x = self.dropout(self.tokens(tokens.flatten(1)))  # (B, S * M, E)
-        bias = self.encoder_bias(S)  # (H, S * M, S * M)
+        bias = self.encoder_bias(history.shape[1])  # (H, S * M, S * M)
         for layer in self.encoder:
             x, _ = layer(x, bias)
         x = self.dropout(self.encoder_norm(x))  # (B, S * M, E)
         return [layer.cross_attention.keys_values(x) for layer in self.decoder]
-
     def decode(self, tokens, memory, cross_bias, past=None):
         """Scores of the code after each token. tokens: (B, Q, l), those after `past` -> logits
         (B, Q, l, K) and the new past: keys and values of all tokens, for each layer."""
         first = past[0][0].shape[-2] if past else 0  # level that the first of these tokens predicts
         last = first + tokens.shape[2]
-        later = torch.ones(last, last, device=tokens.device).triu(1).bool()  # (last, last)
-        bias = self.self_bias[:, :last, :last].masked_fill(later, -torch.inf)[:, first:]
-        x, new = self.dropout(self.tokens(tokens)), []  # (B, Q, l, E)
+        later = torch.full((last, last), -torch.inf, device=tokens.device).triu(1)  # (last, last)
+        bias = (self.self_bias[:, :last, :last] + later)[:, first:]  # (H, l, last)
+        x, past = self.dropout(self.tokens(tokens)), past or [None] * len(memory)  # (B, Q, l, E)
         for i, layer in enumerate(self.decoder):
-            x, keys_values = layer(x, bias, past and past[i], memory[i], cross_bias)
-            new.append(keys_values)
+            x, past[i] = layer(x, bias, past[i], memory[i], cross_bias)
         x = self.dropout(self.decoder_norm(x))  # (B, Q, l, E)
-        return torch.einsum("bqle,lek->bqlk", x, self.output[first:last]), new
-
+        return torch.einsum("bqle,lek->bqlk", x, self.output[first:last]), past
     def forward(self, history, target, masking=0.0):
         """For all t at once: target[:, t] after history[:, :t+1]. (B, S) -> logits (B, S, L, K)"""
-        start = torch.full_like(target, self.start_token).unsqueeze(-1)  # (B, S, 1)
-        written = torch.cat([start, self.target_tokens[target, :-1]], 2)  # (B, S, L)
+        written = F.pad(self.written[target, :-1], (1, 0), value=self.start_token)  # (B, S, L)
         bias = self.cross_bias(history.shape[1])  # (H, S * L, S * M)
         return self.decode(written, self.encode(history, masking), bias)[0]
 
 def similar_start(codebook, E):
     """Token embeddings that start as centroids, seen along the codebook's principal directions:
     codes of similar items start similar. (levels, K, d) -> (levels * K, E)"""
-    centroids = codebook.flatten(0, 1)  # (levels * K, d)
-    directions = torch.linalg.svd(centroids, full_matrices=False)[2][:E]  # (at most E, d)
-    x = F.pad(centroids @ directions.T, (0, E - len(directions)))  # (levels * K, E)
+    directions = torch.linalg.svd(codebook.flatten(0, 1), full_matrices=False)[2][:E]  # (E, d)
+    x = F.pad(codebook.flatten(0, 1) @ directions.T, (0, E - len(directions)))  # (levels * K, E)
     return TOKEN_SCALE * (x / x.std() if x.std() > 0 else torch.randn_like(x))
 
 @torch.no_grad()
-def beam_search(model, trie, history, beam, constrained=True):
+def beam_search(model, trie, history, beam):
     """The `beam` likeliest items after each history (B, S), best first; exact with beam >= N.
     -> items, log-probabilities (B, beam); item 0 and -inf where there are fewer"""
     (B, S), K, device = history.shape, trie.K, history.device
     memory = model.encode(history)  # once a user: all beams share its keys and values
     cross_bias = model.cross_bias(S, first=S - 1)  # (H, L, S * M)
-    score = torch.zeros(B, 1, device=device)  # (B, beams); one beam at the root
-    node = torch.zeros_like(score, dtype=torch.long)  # (B, beams)
-    token, past = torch.full_like(node, model.start_token), None  # (B, beams)
+    node = torch.zeros(B, 1, dtype=torch.long, device=device)  # (B, beams); one beam at the root
+    score, token, past = 0.0 * node, node + model.start_token, None  # (B, beams) both
     rows = torch.arange(B, device=device).unsqueeze(1)  # (B, 1)
     for l in range(trie.L):
         z, past = model.decode(token.unsqueeze(2), memory, cross_bias[:, l:l + 1], past)
-        z, dead = z[:, :, 0].float(), ~trie.children(l, node)  # (B, beams, K) both
-        z = z.masked_fill(dead, -torch.inf).log_softmax(-1) if constrained else \
-            z.log_softmax(-1).masked_fill(dead, -torch.inf)  # (B, beams, K)
+        z = (z[:, :, 0].float() + trie.barred(l, node)).log_softmax(-1)  # (B, beams, K)
         total = (score.unsqueeze(2) + z).flatten(1)  # (B, beams * K)
         score, best = total.topk(min(beam, total.shape[1]))  # (B, beams) both, beams <= beam
         parent, code = best // K, best % K  # (B, beams)
         node = trie.descend(l, node.gather(1, parent), code)  # (B, beams)
         past = [[part[rows, parent] for part in keys_values] for keys_values in past]
-        token = model.target_tokens[1, l] // K * K + code  # table rows of this level; (B, beams)
+        token = model.written[1, l] // K * K + code  # table rows of this level; (B, beams)
     return trie.leaf_item[node].masked_fill(score == -torch.inf, 0), score
 
 def recommend(model, trie, data, split, users, args, device):
     """Beam search for some users: items int32 (n, beam), best first, and their scores (n, beam)"""
     model.eval()
-    start, length, _ = (part[users] for part in histories(data["offsets"], split, args.length))
+    start, length = (part[users] for part in windows(split, data["offsets"], args.length))
     items = torch.zeros(len(users), args.beam, dtype=torch.int32)  # (n, beam)
     scores = torch.zeros(len(users), args.beam)  # (n, beam)
-    for rows in tqdm(equal_length_batches(length, 4096), split, leave=False, disable=None):
-        history = take(data["events"], start[rows], int(length[rows[0]])).to(device)  # (B, S)
-        best, score = beam_search(model, trie, history, args.beam, not args.unconstrained)
+    batches = equal_length_batches(length, 1024, torch.Generator())  # the same in every process
+    for rows in tqdm(batches[args.rank::args.world], split, leave=False, disable=None):
+        history = data["events"][start[rows, None] + torch.arange(length[rows[0]])]  # (B, S)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            best, score = beam_search(model, trie, history.long().to(device), args.beam)
         items[rows], scores[rows] = best.int().cpu(), score.cpu()
-    return items, scores
+    return add_up(items), add_up(scores)
 
 def find_items(words, data):
     """Item numbers for "title or id, ..." (or ; between titles with commas). A part will do."""
     items, names = [], [(i.lower(), t.lower()) for i, t in zip(data["item_ids"], data["titles"])]
-    parts = words.lower().split(";" if ";" in words else ",")
-    for word in filter(None, map(str.strip, parts)):
-        same = [i for i, name in enumerate(names) if word in name][:1]
-        found = same or [i for i, (_, title) in enumerate(names) if word in title]
+    for word in map(str.strip, words.lower().split(";" if ";" in words else ",")):
+        found = [i for i, name in enumerate(names) if word and word in name][:1] or \
+                [i for i, (_, title) in enumerate(names) if word and word in title]
         if len(found) != 1:
             some = "".join(f"\n  {data['item_ids'][i]}  {data['titles'][i]}" for i in found[:10])
             fail(f"--history: {len(found)} titles contain '{word}', give more or an id.{some}")
         items += found
-    return items or fail("--history needs at least one title or item id.")
+    return items
 
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -345,12 +336,13 @@ def main(argv=None):
     add("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     add("--batch", type=int, default=128, help="targets a training step")
     add("--epochs", type=int, default=15, help="at the most")
-    add("--patience", type=int, default=5, help="epochs without a better NDCG@10 before it stops")
     add("--beam", type=int, default=20, help="prefixes kept in the search = items recommended")
+    add("--max-steps", type=int, default=0, help="a trial: stop after some, predict nothing")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=1, width=16, layers=1, heads=2, inner=32)
     args = parser.parse_args(argv)
-    run = pathlib.Path(args.run)
+    run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     if args.history is not None:  # the model as it was trained
         saved = load(run / f"generator-{args.name}.pt", f"05_generator.py --name {args.name}")
         vars(args).update(saved["options"] | {"run": args.run, "history": args.history})
@@ -359,10 +351,11 @@ def main(argv=None):
         fail(f"--target {args.target} is not among --modalities {args.modalities}: add it there.")
     if min(args.length, args.layers, args.batch, args.epochs, args.beam) < 1:
         fail("--length, --layers, --batch, --epochs and --beam start at 1.")
-    rng = torch.Generator().manual_seed(args.seed)
     device = torch.device(args.device if args.device != "auto" else
                           torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    torch.manual_seed(args.seed)
+    args.rank, args.world = join()
+    args.bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
+    torch.manual_seed(args.seed + args.rank)
     data = load(run / "data.pt", "01_data.py")
     makers = {"image": "03_dino_quantizer.py", "text": "04_text_codes.py", "collab": "02_sasrec.py"}
     sources = [load(run / f"{m}_codes.pt", makers.get(m, "its script")) for m in modalities]
@@ -371,15 +364,12 @@ def main(argv=None):
     if any(s["codes"].shape != (N + 1, L) or s["codebooks"].shape[1] != K for s in sources):
         fail(f"codes of {args.modalities} are not of the {N} items of data.pt: make them again.")
 
-    # What a history shows of an item: its codes, or a modality's mask token where it has none.
-    table = torch.arange(D * L).view(D, L) * K  # (D, L), the first row of each level
-    tokens = torch.stack([source["codes"] for source in sources], 1) + table  # (N+1, D, L)
-    known = torch.stack([source["known"] for source in sources], 1).unsqueeze(2)  # (N+1, D, 1)
-    shown = torch.where(known, tokens, D * L * K + torch.arange(D).unsqueeze(1))  # (N+1, D, L)
-    written = tokens[:, modalities.index(args.target)]  # (N+1, L)
-    codes = (written % K).to(device)  # (N+1, L)
+    codes = torch.stack([source["codes"] for source in sources], 1).long()  # (N+1, D, L)
+    known = torch.stack([source["known"] for source in sources], 1)  # (N+1, D)
+    target = modalities.index(args.target)
+    model = Generator(codes, known, target, [s["codebooks"] for s in sources], args).to(device)
+    codes = codes[:, target].to(device)  # (N+1, L)
     trie = Trie(codes, K)
-    model = Generator(shown, written, [s["codebooks"] for s in sources], args).to(device)
     parameters = sum(p.numel() for p in model.parameters())
 
     if args.history is not None:
@@ -391,58 +381,69 @@ def main(argv=None):
             print(f"{100 * s:5.1f} %  {data['titles'][item]}  [{data['item_ids'][item]}]")
         return
 
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
+    parallel = model if args.world == 1 else \
+        nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     judges = torch.randperm(U, generator=rng)[:JUDGES]  # (judges,)
-    truth = data["events"][histories(data["offsets"], "valid", args.length)[2]]  # (U,)
+    truth = data["events"][data["offsets"][1 + judges] - 2].unsqueeze(1)  # (judges, 1)
     print(f"{args.name}: {parameters:,} parameters; a uniform guess has loss {math.log(N):.3f}")
-    losses, ndcg, best, began = [], [], None, time.time()
+    step, limit, losses, ndcg, began = 0, args.max_steps or sys.maxsize, [], [], time.time()
     for epoch in range(args.epochs):
         model.train()
-        start, length = training_windows(data["offsets"], args.length, rng)  # (W,) both
-        batches, total = equal_length_batches(length, args.batch, rng), torch.zeros(L)  # (L,)
-        for i, batch in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=None)):
+        start, length = windows("train", data["offsets"], args.length, rng)  # (W,) both
+        batches = equal_length_batches(length, args.batch * args.world, rng)
+        total, seen = torch.zeros(L, device=device), 0  # (L,)
+        bar = tqdm(batches[:limit - step], f"epoch {epoch}", leave=False, disable=None)
+        for i, batch in enumerate(bar):
+            S = int(length[batch[0]])
             done = (epoch + i / len(batches)) / args.epochs  # 0 to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
-            events = take(data["events"], start[batch], int(length[batch[0]]) + 1).to(device)
-            logits = model(events[:, :-1], events[:, 1:], args.masking * (D > 1))  # (B, S, L, K)
+            share = start[batch[args.rank::args.world], None]  # (B, 1), of this process
+            events = data["events"][share + torch.arange(S + 1)].long().to(device)  # (B, S+1)
             items = events[:, 1:].flatten()  # (B * S,)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                logits = parallel(events[:, :-1], events[:, 1:], args.masking * (D > 1))
             by_level = code_losses(logits.flatten(0, 1), codes[items], items, trie,
                                    not args.unconstrained)  # (L,)
-            # The factor: every target weighs the same, also in a batch that its length left small.
-            (by_level.sum() * min(1, len(items) / args.batch)).backward()
+            # Every target weighs the same, also in a batch that its length left small.
+            (by_level.sum() / max(args.batch, len(batch) * S / args.world)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total += by_level.detach().cpu() * len(items)
-        losses.append(total / length.sum())
+            total, seen = total + by_level.detach(), seen + len(batch) * S
+        losses.append(add_up(total).cpu() / max(1, seen))
+        step += len(bar)
+        hours = (time.time() - began) / 3600 * len(batches) / max(1, step)
         top = recommend(model, trie, data, "valid", judges, args, device)[0][:, :10]  # (judges, 10)
-        hit = (top == truth[judges].unsqueeze(1)).float()  # (judges, 10)
+        hit = (top == truth).float()  # (judges, 10)
         ndcg.append((hit / torch.log2(2.0 + torch.arange(hit.shape[1]))).sum(1).mean().item())
         print(f"epoch {epoch:3d}  loss {losses[-1].sum():.3f} = "
               f"{' + '.join(f'{x:.2f}' for x in losses[-1])}  validation Recall@10 "
               f"{hit.sum(1).mean():.4f}  NDCG@10 {ndcg[-1]:.4f}  {time.time() - began:.0f} s")
         if ndcg[-1] >= max(ndcg):
             best = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
-        if epoch - ndcg.index(max(ndcg)) >= args.patience:
+        if step >= limit:
             break
     model.load_state_dict(best)
     seconds = time.time() - began
-    save({"weights": best, "losses": torch.stack(losses), "ndcg": torch.tensor(ndcg),
-          "seconds": seconds, "options": vars(args)}, run / f"generator-{args.name}.pt")
-
-    everyone = torch.arange(U)  # (U,)
-    valid, _ = recommend(model, trie, data, "valid", everyone, args, device)
+    if args.rank == 0:
+        save({"weights": best, "losses": torch.stack(losses), "ndcg": torch.tensor(ndcg),
+              "seconds": seconds, "options": vars(args)}, run / f"generator-{args.name}.pt")
+    if step >= limit:
+        return print(f"{step} steps; an epoch has {len(batches):,}, would take {hours:.2f} hours")
+    valid, _ = recommend(model, trie, data, "valid", torch.arange(U), args, device)
     began = time.time()
-    test, scores = recommend(model, trie, data, "test", everyone, args, device)
+    test, scores = recommend(model, trie, data, "test", torch.arange(U), args, device)
     predict, peak = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if args.rank:
+        return
     size = sum(t.nbytes for t in [*model.parameters(), *trie.keys, *trie.allowed, trie.leaf_item])
     save({"name": args.name, "seed": args.seed, "valid": valid, "test": test, "scores": scores,
           "seconds": {"train": seconds, "predict": predict}, "parameters": parameters,
           "bytes": size + 2 * N * D * L, "peak_memory": 1024 * peak, "options": vars(args)},
          run / f"predictions-{args.name}-s{args.seed}.pt")
-    print(f"{args.name}: {seconds:.0f} s of training, {1000 * predict / U:.2f} s per 1,000 users, "
-          f"peak memory {peak / 2**20:.1f} GiB")
+    print(f"{args.name}: {seconds:.0f} s of training, {1000 * predict / U:.2f} s per 1,000 users")
 
 if __name__ == "__main__":
     main()

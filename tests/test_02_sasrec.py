@@ -1,5 +1,15 @@
 """SASRec: causal, its loss the full softmax, its ranking complete; the sampled softmax agrees with the full one."""
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
 import torch
+from conftest import ROOT, run_script
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+            ROOT / "02_sasrec.py")
 
 
 def model_of(scripts, N=30, T=6):
@@ -19,8 +29,29 @@ def test_loss_is_the_softmax_over_all_real_items(scripts):
     hidden, embeddings, target = torch.randn(5, 8), torch.randn(31, 8), torch.randint(1, 31, (5,))
     embeddings[0] = 1e6  # padding takes no part, whatever it holds
     scores = hidden @ embeddings[1:].T
-    by_hand = (scores.exp().sum(1).log() - scores[torch.arange(5), target - 1]).mean()
+    by_hand = (scores.exp().sum(1).log() - scores[torch.arange(5), target - 1]).sum()
     assert torch.allclose(scripts[2].cross_entropy(hidden, embeddings, target), by_hand, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [40, 0])
+def test_written_gradient_is_that_of_autograd(scripts, n):
+    """Also with no target at all: a process's share of a small batch may be empty."""
+    torch.manual_seed(0)
+    hidden, target = torch.randn(n, 8, requires_grad=True), torch.randint(1, 201, (n,))
+    embeddings = (5 * torch.randn(201, 8)).requires_grad_()
+    plain = torch.nn.functional.cross_entropy(hidden @ embeddings[1:].T, target - 1, reduction="sum")
+    ours = scripts[2].cross_entropy(hidden, embeddings, target)
+    assert torch.allclose(ours, plain, rtol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(3 * loss, (hidden, embeddings)) for loss in (ours, plain))):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_dropout_keeps_the_mean_and_is_off_in_evaluation(scripts):
+    torch.manual_seed(0)
+    layer, x = scripts[2].Dropout(0.25), torch.ones(400, 100)
+    kept = layer(x)
+    assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs(kept.mean() - 1) < 0.01 and torch.equal(layer.eval()(x), x)
 
 
 def test_sampled_softmax_has_the_gradient_of_the_full_one(scripts):
@@ -53,7 +84,52 @@ def test_recommendations_are_the_whole_ranking(scripts):
 
 def test_histories_end_before_their_event(scripts):
     offsets = torch.tensor([0, 5, 14])
-    start, length, target = scripts[2].histories(offsets, "valid", 4)
-    assert (start.tolist(), length.tolist(), target.tolist()) == ([0, 8], [3, 4], [3, 12])
-    start, length, target = scripts[2].histories(offsets, "test", 4)
-    assert (start.tolist(), length.tolist(), target.tolist()) == ([0, 9], [4, 4], [4, 13])
+    start, length = scripts[2].windows("valid", offsets, 4)
+    assert (start.tolist(), length.tolist()) == ([0, 8], [3, 4])  # the events held out are 3 and 12
+    start, length = scripts[2].windows("test", offsets, 4)
+    assert (start.tolist(), length.tolist()) == ([0, 9], [4, 4])
+
+
+def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_path):
+    losses, ndcg = [], []
+    for name, batch in (("one", 64), ("two", 32)):
+        run = tmp_path / name
+        run.mkdir()
+        os.symlink(smoke[0] / "data.pt", run / "data.pt")
+        options = [str(x) for x in ("--run", run, "--smoke", "--dropout", 0, "--epochs", 3, "--batch", batch)]
+        if name == "one":
+            process = run_script(2, *options)
+        else:
+            process = subprocess.run([*TORCHRUN, *options], capture_output=True, text=True,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert process.returncode == 0, process.stderr
+        saved = torch.load(run / "sasrec.pt", weights_only=True)
+        losses.append(saved["losses"])
+        ndcg.append(saved["ndcg"])
+    assert torch.allclose(*losses, atol=1e-4), losses
+    assert torch.allclose(*ndcg, atol=0.02), ndcg  # equal scores may change places
+    assert process.stdout.count("epoch   0") == 1 and not list(run.glob("*.partial"))
+    assert {path.name for path in run.iterdir()} == {
+        "data.pt", "sasrec.pt", "collab_codes.pt", "predictions-sasrec-s0.pt", "predictions-popularity-s0.pt"}
+
+
+def test_the_death_of_a_process_ends_the_run(smoke, tmp_path):
+    os.symlink(smoke[0] / "data.pt", tmp_path / "data.pt")
+    process = subprocess.Popen([*TORCHRUN, "--run", tmp_path, "--smoke", "--epochs", "100000", "--patience", "100000"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    while "epoch   1" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode != 0 and "SIGKILL" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"data.pt", "predictions-popularity-s0.pt"}
+
+
+def test_max_steps_ends_training_and_says_what_an_epoch_takes(smoke, tmp_path):
+    os.symlink(smoke[0] / "data.pt", tmp_path / "data.pt")
+    process = run_script(2, "--run", tmp_path, "--smoke", "--max-steps", 3)
+    assert process.returncode == 0, process.stderr
+    assert "3 steps; an epoch has" in process.stdout and "hours" in process.stdout
+    assert len(torch.load(tmp_path / "sasrec.pt", weights_only=True)["losses"]) == 1
