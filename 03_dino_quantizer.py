@@ -27,7 +27,7 @@ writes  dino.pt
           known             bool (N+1)              the item has a picture
           stats             dict                    use, perplexity, uniqueness, moved items
 
-On the toy shop: 38 seconds, 0.6 GiB (2 cores of an AMD EPYC).
+On the toy shop: 32 seconds, 0.6 GiB (2 cores of an AMD EPYC).
 """
 import argparse, atexit, copy, math, os, pathlib, resource, sys, time
 
