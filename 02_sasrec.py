@@ -116,13 +116,11 @@ def equal_length_batches(lengths, tokens, rng=None):
 # --- The model -----------------------------------------------------------------------------------
 class Dropout(nn.Dropout):
     """As in torch, whose draw of booleans takes three times as long on a CPU as these numbers."""
-
     def forward(self, x):
         return x * ((torch.rand_like(x) >= self.p) / (1 - self.p)) if self.training else x
 
 class Block(nn.Module):
     """Causal self-attention and a feed-forward layer, each added to what comes in, norm first."""
-
     def __init__(self, E, H, dropout):
         super().__init__()
         self.H, self.dropout = H, Dropout(dropout)
@@ -139,11 +137,13 @@ class Block(nn.Module):
 
 class SASRec(nn.Module):
     """Item ids (B, T) -> for each position the vector (B, T, E) whose inner product with an item's
-    embedding is the score of that item as the next one."""
-
-    def __init__(self, N, T, E, H, layers, dropout):
+    vector is the score of that item as the next one. content: what else is known of the items,
+    (N+1, d); its projection is added to the item embeddings."""
+    def __init__(self, N, T, E, H, layers, dropout, content=None):
         super().__init__()
         self.items, self.positions = nn.Embedding(N + 1, E), nn.Embedding(T, E)
+        self.register_buffer("content", content, persistent=False)
+        self.project = None if content is None else nn.Linear(content.shape[1], E, bias=False)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(E, H, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(E)
@@ -151,9 +151,13 @@ class SASRec(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
+    def vectors(self):  # (N+1, E)
+        return self.items.weight + self.project(self.content) if self.project else self.items.weight
+
     def forward(self, history):
         place = torch.arange(history.shape[1], device=history.device)  # (T,)
-        x = self.dropout(self.items(history) + self.positions(place))  # (B, T, E)
+        x = F.embedding(history, self.vectors()) + self.positions(place)  # (B, T, E)
+        x = self.dropout(x)  # (B, T, E)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -161,9 +165,7 @@ class SASRec(nn.Module):
 class FullSoftmax(torch.autograd.Function):
     """Sum of -log softmax(scores)[target], scores = hidden @ embeddings.T. Its gradient is softmax
     minus one-hot; it takes the place of the scores (n, N+1), of which autograd keeps three copies.
-
     hidden: (n, E), embeddings: (N+1, E), target: (n,)"""
-
     @staticmethod
     def forward(ctx, hidden, embeddings, target):
         scores = (hidden @ embeddings.T).float()  # (n, N+1)
@@ -182,7 +184,6 @@ class FullSoftmax(torch.autograd.Function):
 
 def cross_entropy(hidden, embeddings, target, log_q=None):
     """Next-item loss, the sum of nats: the softmax runs over all items.
-
     This loss decides every comparison with SASRec. The original trains with binary cross-entropy
     and one sampled negative, and reaches about two thirds of the recall ("Turning Dross into
     Gold", RecSys 2023). With log_q (N+1,), the items' log-frequency in training, the softmax runs
@@ -199,20 +200,26 @@ def cross_entropy(hidden, embeddings, target, log_q=None):
     positive = (hidden * right).sum(1) - log_q[target]  # (n,)
     return (torch.cat([positive.unsqueeze(1), negative], 1).logsumexp(1) - positive).sum()
 
+def binary_cross_entropy(hidden, embeddings, target):
+    """The loss of the original SASRec, for comparison: a random item against each target. Sum."""
+    score = lambda items: (hidden * embeddings[items]).sum(1)  # (n,) -> (n,)
+    wrong = torch.randint_like(target, 1, len(embeddings))  # (n,)
+    return (F.softplus(-score(target)) + F.softplus(score(wrong))).sum()
+
 @torch.no_grad()
 def recommend(model, data, split, users, T, top, device):
     """Ranks all N items for some users: items int32 (n, top), best first, and scores (n, top).
-
     Items seen before are not taken out: a good model knows that they do not come again."""
     model.eval()
     start, length = (part[users] for part in windows(split, data["offsets"], T))  # (n,) both
     items = torch.zeros(len(users), top, dtype=torch.int32)  # (n, top)
     scores = torch.zeros(len(users), top)  # (n, top)
+    vectors = model.vectors()[1:].T  # (E, N)
     for batch in equal_length_batches(length, 8192):
         history = data["events"][start[batch, None] + torch.arange(length[batch[0]])]  # (B, T)
         history = history.long().to(device)  # (B, T)
         for rows, hidden in zip(batch.split(256), model(history)[:, -1].split(256)):
-            best = (hidden @ model.items.weight[1:].T).topk(top)  # (256, top)
+            best = (hidden @ vectors).topk(top)  # (256, top)
             items[rows] = (best.indices + 1).int().cpu()  # item 0 is padding
             scores[rows] = best.values.cpu()
     return items, scores
@@ -318,6 +325,9 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of every random choice")
     add("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
+    add("--name", default="sasrec", help="of its row in the table; only sasrec's codes are kept")
+    add("--content", default="", help="codes' files whose embeddings items have too, as text,image")
+    add("--loss", choices=("softmax", "bce"), default="softmax", help="over all items, or original")
     add("--length", type=int, default=20, help="T: events of history that the model sees")
     add("--width", type=int, default=64, help="E: width of the model, and of the item embeddings")
     add("--layers", type=int, default=2, help="transformer blocks")
@@ -358,10 +368,13 @@ def main(argv=None):
 
     popular = counts[1:].float().topk(top)  # (top,)
     popular = (popular.indices + 1).int().repeat(U, 1), popular.values.repeat(U, 1)  # (U, top) both
-    if rank == 0:
+    if rank == 0 and args.name == "sasrec":
         save_predictions("popularity", lambda split: popular, 0.0, N)
 
-    model = SASRec(N, T, args.width, args.heads, args.layers, args.dropout).to(device)
+    content = [load(run / f"{m}_codes.pt", f"the script of {m}_codes.pt")["embeddings"]
+               for m in args.content.split(",") if m]  # (N+1, d) each
+    content = torch.cat(content, 1) if content else None  # (N+1, d)
+    model = SASRec(N, T, args.width, args.heads, args.layers, args.dropout, content).to(device)
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     torch.manual_seed(args.seed + rank)  # dropout and negatives differ by process
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
@@ -369,7 +382,7 @@ def main(argv=None):
     judges = torch.randperm(U, generator=rng)[:JUDGES][rank::world]  # (judges,): a process's share
     truth = data["events"][data["offsets"][1:] - 2]  # (U,)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"sasrec: {parameters:,} parameters; a uniform guess has loss {math.log(N):.3f}")
+    print(f"{args.name}: {parameters:,} parameters; a uniform guess has loss {math.log(N):.3f}")
     losses, ndcg, best, step, began = [], [], None, 0, time.time()
     for epoch in range(args.epochs):
         model.train()
@@ -384,7 +397,9 @@ def main(argv=None):
             events = events.long().to(device)  # (B, window+1)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 hidden = replica(events[:, :-1]).flatten(0, 1)  # (B * window, E)
-                loss = cross_entropy(hidden, model.items.weight, events[:, 1:].flatten(), log_q)
+                vectors, target = model.vectors(), events[:, 1:].flatten()  # (N+1, E), (n,)
+                loss = binary_cross_entropy(hidden, vectors, target) if args.loss == "bce" else \
+                    cross_entropy(hidden, vectors, target, log_q)
             # Every target weighs the same, also in a batch that its length left small.
             (loss * world / max(n, args.batch * world)).backward()
             step += 1
@@ -415,7 +430,9 @@ def main(argv=None):
     seconds = time.time() - began
     recommended = lambda split: recommend(model, data, split, everyone, T, top, device)
     if step != args.max_steps:  # a trial recommends nothing: with many users that takes long
-        save_predictions("sasrec", recommended, seconds, parameters)
+        save_predictions(args.name, recommended, seconds, parameters)
+    if args.name != "sasrec":
+        return
 
     # Collaborative codes. Row 0, the padding, was never trained and never is an item.
     items, known = best["items.weight"], counts > 0  # (N+1, E), (N+1,)

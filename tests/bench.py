@@ -128,7 +128,8 @@ def bench_training():
     work = 6 * multiply_adds(S) / S / 1e9  # forward and twice as much backward, two operations each
     rows = [("multiply-adds of training in fp32, share of the matmul rate", f"{work * fp32:.0f} GFLOPS",
              f"{rate:.0f} GFLOPS", f"{work * fp32 / rate:.0%}", ">= 45 %"),
-            ("the same in bf16", f"{work * bf16:.0f} GFLOPS", f"{rate16:.0f} GFLOPS", f"{work * bf16 / rate16:.0%}", ""),
+            ("the same in bf16", f"{work * bf16:.0f} GFLOPS", f"{rate16:.0f} GFLOPS",
+             f"{work * bf16 / rate16:.0%}", ""),
             ("a step with the constrained loss : unconstrained", f"{1e3 / fp32:.2f} ms a target", f"{1e3 / free:.2f}",
              f"{free / fp32:.2f}", "<= 1.15")]
 
@@ -139,8 +140,8 @@ def bench_training():
         real = [data["events"][start[b, None] + torch.arange(length[b[0]] + 1)].long() for b in batches]
         targets = sum(x[:, 1:].numel() for x in real)
         ragged = best(lambda: [step(x) for x in real], 2) / targets
-        rows.append(("cost of a target, real lengths : full length (fp32)", f"{1e3 * ragged:.2f} ms", f"{1e3 / fp32:.2f} ms",
-                     f"{ragged * fp32:.2f}", "<= 1.3"))
+        rows.append(("cost of a target, real lengths : full length (fp32)", f"{1e3 * ragged:.2f} ms",
+                     f"{1e3 / fp32:.2f} ms", f"{ragged * fp32:.2f}", "<= 1.3"))
 
     peer = hf_t5()
     if peer is None:
@@ -158,7 +159,8 @@ def bench_training():
     t5, t5_16 = 32 / best(lambda: pairs(False), 3), 32 / best(lambda: pairs(True), 3)
     for what, ours, theirs, asked in (("fp32", fp32, t5, ""), ("bf16", bf16, t5_16, ""),
                                       ("ours in bf16, T5 in fp32, as it is trained", bf16, t5, ">= 50 x")):
-        rows.append((f"training against HF T5, {what}", f"{ours:.0f} targets/s", f"{theirs:.1f}", f"{ours / theirs:.1f} x", asked))
+        rows.append((f"training against HF T5, {what}", f"{ours:.0f} targets/s", f"{theirs:.1f}",
+                     f"{ours / theirs:.1f} x", asked))
     return rows
 
 
@@ -221,7 +223,8 @@ def bench_trie():
     size = sum(t.nbytes for t in [*trie.keys, *trie.allowed, trie.path, trie.leaf_item]) / 2 ** 20
     items, logits = torch.randint(1, N + 1, (n,)), torch.randn(n, L, K, requires_grad=True)
     loss = lambda how: best(lambda: g.code_losses(logits, codes[items], items, trie, how).sum().backward(), 20)
-    return [("tree of 1,000,000 items", f"{seconds:.2f} s", "", "", "<= 10 s"), ("its tensors", f"{size:.0f} MiB", "", "", "<= 200 MB"),
+    return [("tree of 1,000,000 items", f"{seconds:.2f} s", "", "", "<= 10 s"),
+            ("its tensors", f"{size:.0f} MiB", "", "", "<= 200 MB"),
             ("the loss alone, without the model: constrained : unconstrained", f"{1e3 * loss(True):.1f} ms",
              f"{1e3 * loss(False):.1f} ms", f"{loss(True) / loss(False):.2f}", "")]
 
@@ -233,10 +236,11 @@ def bidirectional(g):
         def forward(self, S, first=0):
             half = g.BUCKETS // 2  # T5: one half of the buckets for what comes later
             distance = torch.arange(S).unsqueeze(1) - torch.arange(S)  # (S, S)
-            exact, far = half // 2, distance.abs().clamp(min=1).float()  # (S, S)
-            far = exact + ((far / exact).log() / math.log(g.FARTHEST / exact) * exact).long()  # (S, S)
-            bucket = torch.where(distance.abs() < exact, distance.abs(), far).clamp(max=half - 1) + half * (distance < 0)
-            bias = self.item[:, bucket][:, :, None, :, None] + self.slot[:, None, :, None, :]  # (H, S, slots, S, slots)
+            near, exact = distance.abs(), half // 2  # (S, S)
+            far = (near.clamp(min=1) / exact).log() / math.log(g.FARTHEST / exact) * exact  # (S, S)
+            bucket = torch.where(near < exact, near, exact + far.long()).clamp(max=half - 1)  # (S, S)
+            item = self.item[:, bucket + half * (distance < 0)]  # (H, S, S)
+            bias = item[:, :, None, :, None] + self.slot[:, None, :, None, :]  # (H, S, slots, S, slots)
             return bias.flatten(3).flatten(1, 2)
 
     class Bidirectional(g.Generator):
@@ -247,85 +251,81 @@ def bidirectional(g):
 
         def forward(self, history, target, masking=0.0):
             """history (B, S), target (B, 1): the item after all of it -> logits (B, 1, L, K)"""
-            start = torch.full_like(target, self.start_token).unsqueeze(-1)  # (B, 1, 1)
-            written = torch.cat([start, self.target_tokens[target, :-1]], 2)  # (B, 1, L)
-            S = history.shape[1]
-            return self.decode(written, self.encode(history, masking), self.cross_bias(S, first=S - 1))[0]
+            written = torch.nn.functional.pad(self.written[target, :-1], (1, 0), value=self.start_token)
+            bias = self.cross_bias(history.shape[1], first=history.shape[1] - 1)
+            return self.decode(written, self.encode(history, masking), bias)[0]
     return Bidirectional
 
-def train(g, run, seed, both_ways, epochs, max_seconds=math.inf, **sizes):
-    """-> list of (training seconds, validation NDCG@10), one an epoch; test NDCG@10 of the best epoch is not looked at."""
-    args = argparse.Namespace(width=64, layers=2, heads=4, head=16, inner=256, dropout=.1, length=20, beam=20, batch=128, lr=2e-3,
-                              masking=.2, rank=0, world=1, bf16=False, unconstrained=False)
-    vars(args).update(sizes)
+
+def train(g, run, seed, both_ways, epochs, batch=128, length=20, lr=2e-3):
+    """The loop of 05_generator.py with its defaults. -> [(seconds of training, validation NDCG@10)], one an epoch"""
+    args = argparse.Namespace(width=64, layers=2, heads=4, head=16, inner=256, dropout=0.1, length=length, beam=20,
+                              rank=0, world=1, bf16=False)
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     data = torch.load(run / "data.pt", weights_only=True)
     sources = [torch.load(run / f"{m}_codes.pt", weights_only=True) for m in ("image", "text", "collab")]
-    K, D, L = sources[0]["codebooks"].shape[1], 3, 4
-    tokens = torch.stack([s["codes"] for s in sources], 1) + torch.arange(D * L).view(D, L) * K
-    known = torch.stack([s["known"] for s in sources], 1).unsqueeze(2)
-    shown = torch.where(known, tokens, D * L * K + torch.arange(D).unsqueeze(1))
-    codes, device = tokens[:, 2] % K, torch.device("cpu")
-    trie = g.Trie(codes, K)
-    model = (bidirectional(g) if both_ways else g.Generator)(shown, tokens[:, 2], [s["codebooks"] for s in sources], args)
+    books, device = [s["codebooks"] for s in sources], torch.device("cpu")
+    codes = torch.stack([s["codes"] for s in sources], 1).long()  # (N+1, D, L)
+    known = torch.stack([s["known"] for s in sources], 1)  # (N+1, D)
+    model = (bidirectional(g) if both_ways else g.Generator)(codes, known, 2, books, args)
+    trie, codes = g.Trie(codes[:, 2], books[0].shape[1]), codes[:, 2]
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=g.WEIGHT_DECAY, fused=True)
     offsets, events = data["offsets"], data["events"]
     judges = torch.randperm(len(offsets) - 1, generator=rng)[:g.JUDGES]
-    truth = events[offsets[1:] - 2][judges]
-    spent, curve = 0.0, []
+    truth, spent, curve = events[offsets[1 + judges] - 2].unsqueeze(1), 0.0, []
     for epoch in range(epochs):
         model.train()
         if both_ways:  # every training event but a user's first is a target, after at most T events
-            lengths = offsets.diff() - 3
-            first = offsets[:-1].repeat_interleave(lengths)
-            target = torch.cat([torch.arange(a + 1, b - 2) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist())])
-            start = torch.maximum(first, target - args.length); length = target - start
-        else:
-            start, length = g.windows("train", offsets, args.length, rng)
-        if both_ways:
-            groups = g.equal_length_batches(length, 10**9, rng)
-            batches = [b for group in groups for b in group.split(args.batch)]
+            targets = (offsets.diff() - 3).clamp(min=0)  # (U,)
+            user = torch.arange(len(targets)).repeat_interleave(targets)  # (pairs,)
+            place = torch.arange(len(user)) - (targets.cumsum(0) - targets)[user]  # (pairs,)
+            end = offsets[user] + place + 1  # (pairs,)
+            start = torch.maximum(offsets[user], end - length)  # (pairs,)
+            count = end - start  # (pairs,)
+            batches = [b for group in g.equal_length_batches(count, 10 ** 9, rng) for b in group.split(batch)]
             batches = [batches[i] for i in torch.randperm(len(batches), generator=rng)]
         else:
-            batches = g.equal_length_batches(length, args.batch, rng)
+            start, count = g.windows("train", offsets, length, rng)
+            batches = g.equal_length_batches(count, batch, rng)
         began = time.perf_counter()
-        for i, batch in enumerate(batches):
-            S = int(length[batch[0]])
+        for i, rows in enumerate(batches):
             done = (epoch + i / len(batches)) / epochs
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, done / g.WARM_UP) * (1 + math.cos(math.pi * done)) / 2
-            x = events[start[batch].unsqueeze(1) + torch.arange(S + 1)].long()
+                group["lr"] = lr * min(1, done / g.WARM_UP) * (1 + math.cos(math.pi * done)) / 2
+            x = events[start[rows, None] + torch.arange(count[rows[0]] + 1)].long()
             y = x[:, -1:] if both_ways else x[:, 1:]
-            logits = model(x[:, :-1], y, args.masking)
             items = y.flatten()
-            loss = g.code_losses(logits.flatten(0, 1), codes[items], items, trie).sum() / max(args.batch, len(items))
-            loss.backward()
+            logits = model(x[:, :-1], y, 0.2)
+            loss = g.code_losses(logits.flatten(0, 1), codes[items], items, trie).sum()
+            (loss / max(batch, len(items))).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(); optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         spent += time.perf_counter() - began
         top = g.recommend(model, trie, data, "valid", judges, args, device)[0][:, :10]
-        hit = (top == truth.unsqueeze(1)).float()
-        curve.append((spent, (hit / torch.log2(2.0 + torch.arange(10))).sum(1).mean().item(), hit.sum(1).mean().item()))
-        print("both ways" if both_ways else "one pass ", seed, epoch, *(f"{x:.4f}" for x in curve[-1]), len(batches), flush=True)
+        curve.append((spent, ((top == truth) / torch.log2(2.0 + torch.arange(10))).sum(1).mean().item()))
+        print("both ways" if both_ways else "one pass", f"seed {seed}, epoch {epoch}: {spent:.0f} s, "
+              f"NDCG@10 {curve[-1][1]:.4f}", file=sys.stderr, flush=True)
     return curve
 
 
-def bench_quality(name="movietweetings-2013", seeds=3, epochs=15):
+def bench_quality(name="movietweetings-2013", seeds=3, epochs=15, limits=()):
     """Validation NDCG@10 over seconds of training, both ways. The codes are made by the scripts' defaults."""
     folder, rows = ROOT.parent / "shared" / "data" / name, []
     if not folder.exists():
         return [(f"time to equal quality on {name}", f"{folder} is not there: skipped", "", "", ">= 5 x sooner")]
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as run:
-            for n, options in ((1, ["--dataset", folder]), (2, ["--seed", seed]), (3, ["--seed", seed]), (4, ["--seed", seed])):
+            for n in (1, 2, 3, 4):
+                options = ["--dataset", folder, *limits] if n == 1 else ["--seed", seed]
                 command = [sys.executable, next(ROOT.glob(f"0{n}_*.py")), "--run", run, *options]
                 subprocess.run([str(part) for part in command], check=True, capture_output=True)
             slow, quick = (train(script(5), pathlib.Path(run), seed, both_ways, epochs) for both_ways in (True, False))
-        goal = max(ndcg for _, ndcg, _ in slow)
-        at = lambda curve: next((seconds for seconds, ndcg, _ in curve if ndcg >= goal), math.inf)
+        goal = max(ndcg for _, ndcg in slow)
+        at = lambda curve: next((seconds for seconds, ndcg in curve if ndcg >= goal), math.inf)
         rows.append((f"seed {seed}: seconds to NDCG@10 {goal:.4f}, the best of a pair at a time; best of ours "
-                     f"{max(ndcg for _, ndcg, _ in quick):.4f}", f"{at(quick):.0f} s", f"{at(slow):.0f} s",
+                     f"{max(ndcg for _, ndcg in quick):.4f}", f"{at(quick):.0f} s", f"{at(slow):.0f} s",
                      f"{at(slow) / at(quick):.1f} x", ">= 5 x sooner"))
     return rows
 

@@ -133,3 +133,25 @@ def test_max_steps_ends_training_and_says_what_an_epoch_takes(smoke, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "3 steps; an epoch has" in process.stdout and "hours" in process.stdout
     assert len(torch.load(tmp_path / "sasrec.pt", weights_only=True)["losses"]) == 1
+
+
+def test_other_rows_of_the_table_write_no_codes(smoke, tmp_path):
+    """SASRec + content and SASRec with its original loss are baselines: their predictions, nothing else."""
+    for file in ("data.pt", "text_codes.pt"):
+        os.symlink(smoke[0] / file, tmp_path / file)
+    for name, options in (("content", ("--content", "text")), ("bce", ("--loss", "bce"))):
+        process = run_script(2, "--run", tmp_path, "--smoke", "--name", name, *options)
+        assert process.returncode == 0, process.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "data.pt", "text_codes.pt", "predictions-content-s0.pt", "predictions-bce-s0.pt"}
+
+
+def test_content_moves_an_item_that_was_never_bought(scripts):
+    """Items of equal content and equal embedding are one item to the model; other content, another vector."""
+    content = torch.randn(31, 5)
+    content[7] = content[8]
+    model = scripts[2].SASRec(30, 6, 16, 2, 1, 0.0, content).eval()
+    with torch.no_grad():
+        model.items.weight[6:9] = 0.0
+        vectors = model.vectors()
+    assert torch.equal(vectors[7], vectors[8]) and not torch.allclose(vectors[6], vectors[7])
