@@ -22,21 +22,23 @@ reads   data.pt, collab_codes.pt, image_codes.pt, text_codes.pt
 writes  results.md
         results.pt
           rows          dict               one a model: metrics, intervals, costs, seeds
-          codes         dict               one a modality: the stats of its codes
+          codes         dict               one a modality: the stats of its codes, what they mean
           options       dict               the options of this run
 
 On the toy shop: 2 seconds, 0.2 GiB (2 cores of an AMD EPYC).
 """
 import argparse, math, os, pathlib, sys
+from collections import Counter
 
 import torch
 from tqdm import tqdm
 
 METRICS = [("Recall", 1), ("Recall", 5), ("Recall", 10), ("NDCG", 5), ("NDCG", 10)]
-COSTS = [("coverage", "items shown", 1, ".0%"), ("popularity", "their events", 1, ".0f"),
-         ("parameters", "parameters", 1, ",.0f"), ("bytes", "MB", 1e-6, ".1f"),
+COSTS = [("parameters", "parameters", 1, ",.0f"), ("bytes", "MB", 1e-6, ".1f"),
          ("train", "training s", 1, ".0f"), ("predict", "s / 1,000 users", 1, ".2f"),
          ("peak_memory", "peak GiB", 2**-30, ".1f")]  # key, column, factor, format
+SHOWN = [("coverage", "items shown", 1, ".0%"), ("gini", "Gini", 1, ".2f"),
+         ("top_tenth", "of the top tenth", 1, ".0%"), ("popularity", "their events", 1, ".0f")]
 
 # --- Files ---------------------------------------------------------------------------------------
 def fail(message):
@@ -73,6 +75,45 @@ def gains(rank):
     """What each user adds to each of METRICS. rank (U,) -> (U, metrics)"""
     gain = {"Recall": torch.ones_like(rank), "NDCG": 1 / torch.log2(rank + 1)}  # (U,) each
     return torch.stack([gain[name] * (rank <= k) for name, k in METRICS], 1).double()
+
+def shown_items(top, rank, target, train_counts):
+    """Whom the first tens favour: items shown at all, how unevenly (Gini: 0 all alike, 1 one item
+    only), the share of the tenth that sells best, and Recall@10 by decile of the target's events.
+    top (U, top), rank (U,), target (U,), train_counts (N+1,) -> dict"""
+    items = top[:, :10][top[:, :10] > 0].long()  # (shown,)
+    times = torch.bincount(items, minlength=len(train_counts))[1:].double()  # (N,)
+    bought, place = train_counts[1:], torch.arange(1, len(times) + 1)  # (N,) both
+    gini = (place * times.sort().values).sum() * 2 / times.sum() / len(times) - 1 - 1 / len(times)
+    best = bought.argsort(descending=True, stable=True)[:max(1, len(bought) // 10)]  # (N / 10,)
+    rare_first = train_counts[target.long()].argsort(stable=True)  # (U,)
+    return {"coverage": (times > 0).double().mean().item(), "gini": gini.item(),
+            "top_tenth": (times[best].sum() / times.sum()).item(),
+            "popularity": train_counts[items].double().mean().item(),
+            "deciles": [(part <= 10).double().mean().item() if len(part) else math.nan
+                        for part in rank[rare_first].tensor_split(10)]}
+
+def entropy(labels):
+    """Of a column of labels, or of the joint of several. (n, columns) -> nats"""
+    share = labels.unique(dim=0, return_counts=True)[1] / len(labels)  # (different,)
+    return torch.special.entr(share).sum().item()
+
+def meaning(codes, category):
+    """What codes say of categories: of every prefix of 1 to 3 levels the normalised mutual
+    information, 2 I / (H + H), and the purity, the share of items in their prefix's commonest
+    category. More prefixes raise both by chance: compare them with those of shuffled codes.
+    codes (n, L), category (n,) -> nmi, purity: a list of 3 each"""
+    nmi, purity = [], []
+    for l in (1, 2, 3):
+        both = torch.cat([codes[:, :l], category.unsqueeze(1)], 1)  # (n, l + 1)
+        H_prefix, H_category = entropy(codes[:, :l]), entropy(category.unsqueeze(1))
+        shared = H_prefix + H_category - entropy(both)
+        nmi.append(2 * shared / max(H_prefix + H_category, 1e-9))
+        pairs, count = both.unique(dim=0, return_counts=True)  # (pairs, l + 1), (pairs,)
+        prefix = pairs[:, :l].unique(dim=0, return_inverse=True)[1]  # (pairs,)
+        most = torch.zeros(prefix.max() + 1, dtype=torch.long).scatter_reduce_(
+            0, prefix, count, "amax")  # (prefixes,)
+        purity.append(most.sum().item() / len(codes))
+    return {"nmi": nmi, "purity": purity}
 
 def paired_bootstrap(ours, theirs, draws, rng, same_seeds=False):
     """95 % interval of mean(ours) - mean(theirs); each draw resamples users and seeds. Paired: both
@@ -138,11 +179,10 @@ def main(argv=None):
         seeds = models.setdefault(str(saved["name"]), [])
         if seed in [one["seed"] for one in seeds]:
             fail(f"{path} is a second file of {saved['name']} with seed {seed}: delete one.")
-        items = top[:, :10][top[:, :10] > 0].long()  # the first tens of all users
+        rank = rank_of(target, top)  # (U,)
         seeds.append({
-            "seed": seed, "gain": gains(rank_of(target, top)),  # (U, metrics)
-            "coverage": len(items.unique()) / N,
-            "popularity": data["train_counts"][items].float().mean().item(),
+            "seed": seed, "gain": gains(rank),  # (U, metrics)
+            **shown_items(top, rank, target, data["train_counts"]),
             "train": seconds.get("train", math.nan),
             "predict": seconds.get("predict", math.nan) * 1000 / U,
             **{key: saved.get(key, math.nan) for key in ("parameters", "bytes", "peak_memory")}})
@@ -155,22 +195,30 @@ def main(argv=None):
         by_seed = gain[name].mean(1)  # (seeds, U, metrics) -> (seeds, metrics)
         rows[name] = {"seeds": [one["seed"] for one in seeds], "mean": by_seed.mean(0).tolist(),
                       "std": by_seed.std(0).tolist() if len(seeds) > 1 else None,
-                      **{key: sum(one[key] for one in seeds) / len(seeds) for key, *_ in COSTS}}
+                      **{key: sum(one[key] for one in seeds) / len(seeds)
+                         for key, *_ in COSTS + SHOWN},
+                      "deciles": torch.tensor([one["deciles"] for one in seeds]).mean(0).tolist()}
         if args.against in gain and name != args.against:
             same = rows[name]["seeds"] == [one["seed"] for one in models[args.against]]
             interval = paired_bootstrap(gain[name], gain[args.against], args.draws, rng, same)
             rows[name]["interval"] = interval.tolist()  # (2, metrics)
 
-    quality, cost, codes, code_rows = [], [], {}, []
+    numbers = lambda values, unit=1: ", ".join(f"{unit * x:.0f}" for x in values)
+    quality, cost, shown, codes, code_rows, meanings = [], [], [], {}, [], []
     for name, row in sorted(rows.items(), key=lambda pair: pair[1]["mean"][-1]):
         spread = [f" ± {s:.4f}" for s in row["std"]] if row["std"] else [""] * len(METRICS)
         low, high = row.get("interval", (None, None))
         signed = [f"[{low[m]:+.4f}, {high[m]:+.4f}]" if low else "" for m in (2, 4)]
         quality.append([name, str(len(row["seeds"])),
                         *(f"{x:.4f}{s}" for x, s in zip(row["mean"], spread)), *signed])
-        cost.append([name, *("-" if math.isnan(row[key]) else format(row[key] * factor, form)
-                             for key, _, factor, form in COSTS)])
-    numbers = lambda values, unit=1: ", ".join(f"{unit * x:.0f}" for x in values)
+        cells = lambda columns: ["-" if math.isnan(row[key]) else format(row[key] * factor, form)
+                                 for key, _, factor, form in columns]
+        cost.append([name, *cells(COSTS)])
+        shown.append([name, *cells(SHOWN), numbers(row["deciles"], 100)])
+    # An item's category: the first of its own that fewer than half of the items have.
+    count = Counter(name for names in data["categories"] for name in set(names))
+    category = [next((c for c in names if 2 * count[c] < N), "") for names in data["categories"]]
+    labels = {"category": category, **data.get("meta", {}).get("truth", {})}  # name -> list (N+1)
     for modality in ("image", "text", "collab"):
         if (run / f"{modality}_codes.pt").exists():
             saved = load(run / f"{modality}_codes.pt", "02, 03 or 04")
@@ -179,6 +227,18 @@ def main(argv=None):
                               str(saved["codebooks"].shape[1]), numbers(stats["used"][:3], 100),
                               numbers(stats["perplexity"][:3]), numbers(stats["unique"], 100),
                               numbers(stats["largest"]), str(stats["moved"])])
+            for name, values in labels.items():
+                number = {value: i for i, value in enumerate(dict.fromkeys(values))}
+                label = torch.tensor([number[value] for value in values])  # (N+1,)
+                some = saved["known"] & torch.tensor([value != "" for value in values])  # (N+1,)
+                if some.any():
+                    of_items = saved["codes"][some].long()  # (n, L)
+                    mixed = of_items[torch.randperm(len(of_items), generator=rng)]  # (n, L)
+                    told = [meaning(x, label[some]) for x in (of_items, mixed)]
+                    stats |= {name: told[0], f"{name}, shuffled": told[1]}
+                    meanings.append([modality, name, *(
+                        ", ".join(f"{x:.2f}" for x in one[key])
+                        for key in ("nmi", "purity") for one in told)])
 
     text = "\n".join([
         f"{U:,} users, {N:,} items, {len(data['events']):,} events; the item to find is each "
@@ -189,10 +249,16 @@ def main(argv=None):
         "paired bootstrap draws over\nusers and seeds. An interval that holds zero: these data do "
         "not tell the two apart.\n",
         markdown(["model", *(column for _, column, _, _ in COSTS)], cost),
-        "\nitems shown: share of the catalogue among all first tens; their events: training events "
-        "of a recommended\nitem, mean; MB: of parameters, codes and prefix tree.\n",
+        "\nMB: of parameters, codes and prefix tree.\n",
+        markdown(["model", *(column for _, column, _, _ in SHOWN),
+                  "% Recall@10 by decile of the target's events, rare first"], shown),
+        "\nOf all first tens. items shown: share of the catalogue; Gini: 0 all alike, 1 one item; "
+        "of the top tenth:\nshare of the best-selling tenth of items; their events: in training, "
+        "mean of what is shown.\n",
         markdown(["codes", "items known", "K", "% of K used, levels 1-3", "perplexity",
-                  "% items alone after 1, 2, 3", "most items on one prefix", "moved"], code_rows)])
+                  "% items alone after 1, 2, 3", "most items on one prefix", "moved"], code_rows),
+        "\n" + markdown(["codes", "and", "NMI of prefixes of 1, 2, 3 levels", "if shuffled",
+                         "purity", "if shuffled"], meanings)])
     save({"rows": rows, "codes": codes, "options": vars(args)}, run / "results.pt")
     partial = run / "results.md.partial"
     partial.write_text(text + "\n", encoding="utf-8")

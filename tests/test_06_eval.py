@@ -22,7 +22,7 @@ def write_run(run, targets):
     events = torch.stack([torch.full((U,), 39), torch.full((U,), 40), torch.as_tensor(targets)], 1)
     torch.save({"events": events.flatten().int(), "offsets": 3 * torch.arange(U + 1),
                 "item_ids": [""] + [f"id{i}" for i in range(1, N + 1)], "user_ids": [f"u{u}" for u in range(U)],
-                "train_counts": torch.arange(N + 1, dtype=torch.int32)}, run / "data.pt")
+                "train_counts": torch.arange(N + 1, dtype=torch.int32), "categories": [[]] * (N + 1)}, run / "data.pt")
     return run
 
 
@@ -75,11 +75,11 @@ def test_metrics_of_ranks_1_3_11_and_absent(tmp_path):
     saved, table = results(run)
     assert saved["rows"]["sasrec"]["mean"] == [0.25, 0.5, 0.5, 0.375, 0.375]
     assert saved["rows"]["sasrec"]["std"] is None and "interval" not in saved["rows"]["sasrec"]
-    quality, cost = cells(table, "sasrec")
+    quality, cost, popular = cells(table, "sasrec")
     assert quality == ["sasrec", "1", "0.2500", "0.5000", "0.5000", "0.3750", "0.3750", "", ""]
     shown = top[:, :10].unique()
-    assert cost == ["sasrec", f"{len(shown) / N:.0%}", f"{top[:, :10].float().mean():.0f}", "12,345", "2.5", "60",
-                    "500.00", "2.0"]
+    assert cost == ["sasrec", "12,345", "2.5", "60", "500.00", "2.0"]
+    assert popular[:2] == ["sasrec", f"{len(shown) / N:.0%}"] and popular[4] == f"{top[:, :10].float().mean():.0f}"
 
 
 def test_mean_and_deviation_over_seeds(tmp_path):
@@ -144,8 +144,8 @@ def test_a_foreign_model_joins_with_two_keys(tmp_path, capsys):
     torch.save({"name": "by hand", "test": test}, run / "predictions-anything.pt")
     saved, table = results(run)
     assert saved["rows"]["by hand"]["mean"] == [0.5] * 5 and saved["rows"]["by hand"]["seeds"] == [0]
-    quality, cost = cells(table, "by hand")
-    assert quality[2] == "0.5000" and cost == ["by hand", "5%", "6", "-", "-", "-", "-", "-"]
+    quality, cost, shown = cells(table, "by hand")
+    assert quality[2] == "0.5000" and cost == ["by hand", "-", "-", "-", "-", "-"] and shown[1] == "5%"
     assert cells(table, "sasrec") and table.strip() in capsys.readouterr().out
     torch.save({"name": "by hand", "seed": 1, "test": torch.zeros_like(test), "seconds": {"train": 3}},
                run / "predictions-nothing.pt")
@@ -204,3 +204,27 @@ def test_nothing_to_compare_is_one_sentence(tmp_path, capsys):
     run = write_run(tmp_path / "run", [4, 8])
     assert "predictions-" in refused(capsys, run)
     assert "--draws" in refused(capsys, run, "--draws", "0")
+
+
+def test_shown_items_against_hand_counts(scripts):
+    """Two users, four items: the first ten of one user holds items 1 and 2, of the other 1 alone."""
+    top, target = torch.tensor([[1, 2], [1, 0]]), torch.tensor([2, 3])
+    rank = scripts[6].rank_of(target, top)
+    shown = scripts[6].shown_items(top, rank, target, torch.tensor([0, 9, 5, 1, 0]))
+    assert shown["coverage"] == 0.5 and abs(shown["popularity"] - (9 + 9 + 5) / 3) < 1e-9
+    assert abs(shown["top_tenth"] - 2 / 3) < 1e-9  # the tenth of four items is one item: the first
+    by_hand = sum(abs(a - b) for a in (2, 1, 0, 0) for b in (2, 1, 0, 0)) / (2 * 4 * 3)
+    assert abs(shown["gini"] - by_hand) < 1e-9
+    assert [x for x in shown["deciles"] if x == x] == [0.0, 1.0]  # the rarer target was missed
+
+
+def test_meaning_of_codes(scripts):
+    """Codes that are the category say all of it at level 1; shuffled codes say little."""
+    generator = torch.Generator().manual_seed(0)
+    category = torch.randint(4, (400,), generator=generator)
+    codes = torch.stack([category, *torch.randint(3, (3, 400), generator=generator)], 1)
+    told = scripts[6].meaning(codes, category)
+    assert abs(told["nmi"][0] - 1) < 1e-5 and told["purity"] == [1.0, 1.0, 1.0]
+    assert told["nmi"][0] > told["nmi"][1] > told["nmi"][2]  # prefixes finer than the categories share less
+    mixed = scripts[6].meaning(codes[torch.randperm(400, generator=generator)], category)
+    assert mixed["nmi"][0] < 0.05 and mixed["purity"][0] < 0.4
