@@ -429,7 +429,7 @@ def main(argv=None):
     model.load_state_dict(best)
     seconds = time.time() - began
     recommended = lambda split: recommend(model, data, split, everyone, T, top, device)
-    if step != args.max_steps:  # a trial recommends nothing: with many users that takes long
+    if not 0 < args.max_steps <= step:  # a trial recommends nothing: to many users that takes long
         save_predictions(args.name, recommended, seconds, parameters)
     if args.name != "sasrec":
         return

@@ -102,10 +102,10 @@ def meaning(codes, category):
     information, 2 I / (H + H), and the purity, the share of items in their prefix's commonest
     category. More prefixes raise both by chance: compare them with those of shuffled codes.
     codes (n, L), category (n,) -> nmi, purity: a list of 3 each"""
-    nmi, purity = [], []
+    nmi, purity, H_category = [], [], entropy(category.unsqueeze(1))
     for l in (1, 2, 3):
         both = torch.cat([codes[:, :l], category.unsqueeze(1)], 1)  # (n, l + 1)
-        H_prefix, H_category = entropy(codes[:, :l]), entropy(category.unsqueeze(1))
+        H_prefix = entropy(codes[:, :l])
         shared = H_prefix + H_category - entropy(both)
         nmi.append(2 * shared / max(H_prefix + H_category, 1e-9))
         pairs, count = both.unique(dim=0, return_counts=True)  # (pairs, l + 1), (pairs,)
@@ -219,6 +219,9 @@ def main(argv=None):
     count = Counter(name for names in data["categories"] for name in set(names))
     category = [next((c for c in names if 2 * count[c] < N), "") for names in data["categories"]]
     labels = {"category": category, **data.get("meta", {}).get("truth", {})}  # name -> list (N+1)
+    for name, values in labels.items():
+        number = {"": -1} | {v: i for i, v in enumerate(dict.fromkeys(values)) if v != ""}
+        labels[name] = torch.tensor([number[value] for value in values])  # (N+1,); -1: none
     for modality in ("image", "text", "collab"):
         if (run / f"{modality}_codes.pt").exists():
             saved = load(run / f"{modality}_codes.pt", "02, 03 or 04")
@@ -227,10 +230,8 @@ def main(argv=None):
                               str(saved["codebooks"].shape[1]), numbers(stats["used"][:3], 100),
                               numbers(stats["perplexity"][:3]), numbers(stats["unique"], 100),
                               numbers(stats["largest"]), str(stats["moved"])])
-            for name, values in labels.items():
-                number = {value: i for i, value in enumerate(dict.fromkeys(values))}
-                label = torch.tensor([number[value] for value in values])  # (N+1,)
-                some = saved["known"] & torch.tensor([value != "" for value in values])  # (N+1,)
+            for name, label in labels.items():
+                some = saved["known"] & (label >= 0)  # (N+1,)
                 if some.any():
                     of_items = saved["codes"][some].long()  # (n, L)
                     mixed = of_items[torch.randperm(len(of_items), generator=rng)]  # (n, L)

@@ -31,19 +31,11 @@ import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from conftest import ROOT, SCRIPTS, command, run_script, script
+
 PEERS = pathlib.Path(os.environ.get("PEERS", "peers")).resolve()
 LONG = ("quality", "scale")
 LIBRARIES = []
-
-
-def script(number):
-    """The script of that number as a module."""
-    path = next(ROOT.glob(f"0{number}_*.py"))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def torchvision_without_operators():
@@ -65,16 +57,14 @@ def best(work, runs):
     return min(seconds)
 
 
-def dataset(name, *options):
-    """data.pt of a real dataset of ../shared/data, or None where it is not there."""
+def dataset(run, name, *options):
+    """Puts a real dataset of ../shared/data into a run. -> its data.pt, or None where it is not there"""
     folder = ROOT.parent / "shared" / "data" / name
     if not folder.exists():
         print(f"{folder} is not there: what needs it is skipped")
         return None
-    with tempfile.TemporaryDirectory() as run:
-        command = [sys.executable, ROOT / "01_data.py", "--run", run, "--dataset", folder, "--image-size", 8, *options]
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
-        return torch.load(f"{run}/data.pt", weights_only=True)
+    run_script(1, "--run", run, "--dataset", folder, *options).check_returncode()
+    return torch.load(f"{run}/data.pt", weights_only=True)
 
 
 # --- 05: training, beam search, tree ----------------------------------------------------------------------------------
@@ -88,7 +78,7 @@ def matmul_rate(dtype):
     return 20 * 2 * 1024 ** 3 / best(lambda: [a @ a for _ in range(20)], 5) / 1e9
 
 
-def multiply_adds(S, n=None):
+def multiply_adds(S):
     """Of one training pass over S items (forward), counted from the shapes: the masked half of attention is counted
     as well, as it is computed; softmax, norms, ReLU and dropout are not."""
     E, F, A = SHAPE["width"], SHAPE["inner"], SHAPE["heads"] * SHAPE["head"]
@@ -98,11 +88,17 @@ def multiply_adds(S, n=None):
     return SHAPE["layers"] * (encoder + decoder) + q * E * K
 
 
+def unique_codes(N):
+    """Three random codes an item, the fourth tells apart those that share them. -> (N+1, L)"""
+    codes = torch.randint(K, (N + 1, L))
+    prefix = (codes[:, :3] * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
+    codes[:, 3] = script(2).number_in_group(prefix, torch.arange(N + 1))
+    return codes
+
+
 def some_generator(g, N=10_000):
     torch.manual_seed(0)
-    codes = torch.randint(K, (N + 1, D, L))
-    prefix = (codes[:, 2, :3] * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
-    codes[:, 2, 3] = script(2).number_in_group(prefix, torch.arange(N + 1))
+    codes = torch.stack([torch.randint(K, (N + 1, L)), torch.randint(K, (N + 1, L)), unique_codes(N)], 1)
     model = g.Generator(codes, torch.ones(N + 1, D, dtype=torch.bool), 2, [torch.randn(3, K, 64) for _ in range(D)],
                         argparse.Namespace(**SHAPE))
     return model, codes[:, 2], g.Trie(codes[:, 2], K)
@@ -133,7 +129,8 @@ def bench_training():
             ("a step with the constrained loss : unconstrained", f"{1e3 / fp32:.2f} ms a target", f"{1e3 / free:.2f}",
              f"{free / fp32:.2f}", "<= 1.15")]
 
-    data = dataset("movietweetings-2013")
+    with tempfile.TemporaryDirectory() as run:
+        data = dataset(run, "movietweetings-2013", "--image-size", 8)
     if data is not None:  # real lengths: batches of one length each, no padding
         start, length = g.windows("train", data["offsets"], S, torch.Generator().manual_seed(0))
         batches = g.equal_length_batches(length, 16 * S, torch.Generator().manual_seed(0))[:24]
@@ -213,20 +210,20 @@ def bench_beam():
 
 
 def bench_trie():
-    """A million items at K 256: three random codes, the fourth tells apart those that share them."""
+    """A million items at K 256."""
     g, N, n = script(5), 1_000_000, 2560
     torch.manual_seed(0)
-    codes = torch.randint(K, (N + 1, L))
-    codes[:, 3] = script(2).number_in_group((codes[:, :3] * torch.tensor([K * K, K, 1])).sum(1), torch.arange(N + 1))
+    codes = unique_codes(N)
     seconds = best(lambda: g.Trie(codes, K), 3)
     trie = g.Trie(codes, K)
     size = sum(t.nbytes for t in [*trie.keys, *trie.allowed, trie.path, trie.leaf_item]) / 2 ** 20
     items, logits = torch.randint(1, N + 1, (n,)), torch.randn(n, L, K, requires_grad=True)
-    loss = lambda how: best(lambda: g.code_losses(logits, codes[items], items, trie, how).sum().backward(), 20)
+    cut, free = (best(lambda: g.code_losses(logits, codes[items], items, trie, how).sum().backward(), 20)
+                 for how in (True, False))
     return [("tree of 1,000,000 items", f"{seconds:.2f} s", "", "", "<= 10 s"),
             ("its tensors", f"{size:.0f} MiB", "", "", "<= 200 MB"),
-            ("the loss alone, without the model: constrained : unconstrained", f"{1e3 * loss(True):.1f} ms",
-             f"{1e3 * loss(False):.1f} ms", f"{loss(True) / loss(False):.2f}", "")]
+            ("the loss alone, without the model: constrained : unconstrained", f"{1e3 * cut:.1f} ms",
+             f"{1e3 * free:.1f} ms", f"{cut / free:.2f}", "")]
 
 
 # --- 05: time to equal quality ----------------------------------------------------------------------------------------
@@ -312,15 +309,13 @@ def train(g, run, seed, both_ways, epochs, batch=128, length=20, lr=2e-3):
 
 def bench_quality(name="movietweetings-2013", seeds=3, epochs=15, limits=()):
     """Validation NDCG@10 over seconds of training, both ways. The codes are made by the scripts' defaults."""
-    folder, rows = ROOT.parent / "shared" / "data" / name, []
-    if not folder.exists():
-        return [(f"time to equal quality on {name}", f"{folder} is not there: skipped", "", "", ">= 5 x sooner")]
+    rows = []
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as run:
-            for n in (1, 2, 3, 4):
-                options = ["--dataset", folder, *limits] if n == 1 else ["--seed", seed]
-                command = [sys.executable, next(ROOT.glob(f"0{n}_*.py")), "--run", run, *options]
-                subprocess.run([str(part) for part in command], check=True, capture_output=True)
+            if dataset(run, name, *limits) is None:
+                return [(f"time to equal quality on {name}", "skipped", "", "", ">= 5 x sooner")]
+            for n in (2, 3, 4):
+                run_script(n, "--run", run, "--seed", seed).check_returncode()
             slow, quick = (train(script(5), pathlib.Path(run), seed, both_ways, epochs) for both_ways in (True, False))
         goal = max(ndcg for _, ndcg in slow)
         at = lambda curve: next((seconds for seconds, ndcg in curve if ndcg >= goal), math.inf)
@@ -381,6 +376,7 @@ def sasrec_recbole(data, batch):
             trainer._train_epoch([interaction], 0)
             yield len(interaction)
 
+
 def sasrec_pmixer(data, batch):
     """Its sampler (3 processes), model and optimizer; its binary loss replaced by the softmax."""
     sys.path[:0] = [str(PEERS / "SASRec.pytorch" / folder) for folder in ("python", ".")]
@@ -407,17 +403,15 @@ def sasrec_pmixer(data, batch):
         optimizer.step()
         yield len(place[0])
 
+
 def bench_sasrec():
     """Training on real data, a peer at the batch of its users and at another; fastest of 3 rounds."""
     rows = []
     for name in ("movietweetings-2013", "amazon-beauty-2014"):
-        run, folder = pathlib.Path(tempfile.mkdtemp()), ROOT.parent / "shared" / "data" / name
-        if not folder.exists():
-            print(f"SASRec on {name} is left out: {folder} is missing")
+        run, fastest = pathlib.Path(tempfile.mkdtemp()), {}
+        data = dataset(run, name, "--image-size", 8)
+        if data is None:
             continue
-        subprocess.run([sys.executable, next(ROOT.glob("01_*.py")), "--run", run, "--dataset",
-                        folder], check=True, stdout=subprocess.DEVNULL)
-        data, fastest = torch.load(run / "data.pt", weights_only=True), {}
         loops = {("recbole", batch): sasrec_recbole(data, batch) for batch in (2048, 128)}
         loops |= {("pmixer", batch): sasrec_pmixer(data, batch) for batch in (128, 16)}
         for key in itertools.chain(*[[("ours", 128), ("ours", 512), *loops]] * 3):
@@ -439,6 +433,7 @@ def bench_sasrec():
                   f"{peer:,.0f}" if peer else "not installed", f"{ours / peer:.1f}" if peer else "",
                   ">= 3x") for who, peer in zip(("RecBole", "pmixer"), peers)]
     return rows
+
 
 def bench_sasrec_scale():
     """400,000 items, 700,000 users, 6.5 million random events: seconds a step and hours an epoch."""
@@ -468,6 +463,7 @@ def pace(run, batch):
     hook.remove()
     return batch / statistics.median(b - a for a, b in itertools.pairwise(ends[1:]))
 
+
 def ours(dino, images, batch, steps, *options):
     """The real loop of 03 on a folder of its own."""
     with tempfile.TemporaryDirectory() as run:
@@ -477,9 +473,9 @@ def ours(dino, images, batch, steps, *options):
         return pace(lambda: dino.main(["--run", run, "--device", "cpu", "--batch", f"{batch}", "--epochs", "99",
                                        "--max-steps", f"{steps}", *options]), batch)
 
+
 def theirs(images, batch, steps, workers, sizes, patch, width, depth, crops):
     """train_one_epoch of facebookresearch/dino as it stands; same ViT and head, pictures decoded already."""
-    from PIL import Image
     import main_dino, utils, vision_transformer as vits
     utils.MetricLogger.synchronize_between_processes = lambda self: None  # asks for CUDA
     augment = main_dino.DataAugmentationDINO((0.4, 1.0), (0.1, 0.4), crops)
@@ -503,6 +499,7 @@ def theirs(images, batch, steps, workers, sizes, patch, width, depth, crops):
     args = type("args", (), {"epochs": 1, "clip_grad": 3.0, "freeze_last_layer": 1})
     return pace(lambda: main_dino.train_one_epoch(student, teacher, teacher, loss, loader, optimizer, constant,
                                                   constant, constant, 0, None, args), batch)
+
 
 def bench_dino():
     """Pictures a second of training, fp32 on CPU; the peer may choose how many processes load pictures."""
@@ -528,9 +525,11 @@ def bench_dino():
                     ours(dino, images, batch, steps, *map(str, options), *ways[way])
                 fastest[way] = max(speed, fastest.get(way, 0))
         peer = max((fastest[n] for n in workers), default=0)
-        rows += [(f"03, pictures/s in training, {what}, {way}", f"{fastest[way]:.1f}", f"{peer:.1f}" if peer else
-                  "PEERS/dino: facebookresearch/dino", f"{fastest[way] / peer:.2f}" if peer else "", ">= 2") for way in ways]
+        rows += [(f"03, pictures/s in training, {what}, {way}", f"{fastest[way]:.1f}",
+                  f"{peer:.1f}" if peer else "PEERS/dino: facebookresearch/dino",
+                  f"{fastest[way] / peer:.2f}" if peer else "", ">= 2") for way in ways]
     return rows
+
 
 def bench_residual_kmeans():
     """Seconds to learn and apply 3 x 256 codes of 100,000 vectors of 64, and the error that is left."""
@@ -615,13 +614,13 @@ np.savez(sys.argv[2], events=item + 1, offsets=np.r_[0, np.bincount(user).cumsum
 """
 
 
-def timed(*command):
+def timed(*line):
     """-> seconds from start to end of a process, its peak GiB"""
     began = time.perf_counter()
-    child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(line, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0, command
+    assert child.returncode == 0, line
     return time.perf_counter() - began, usage.ru_maxrss / 2 ** 20
 
 
@@ -632,14 +631,13 @@ def bench_data(n=5_000_000):
         path, data = tmp / "reviews/reviews.jsonl.gz", tmp / "run/data.pt"
         if not path.exists():
             make_reviews(path.parent, n)
-        command = [sys.executable, ROOT / "01_data.py", "--run", data.parent, "--dataset",
-                   path.parent, "--ties", "file", "--image-size", 8]
-        ours, peak = timed(*command)
+        line = command(1, "--run", data.parent, "--dataset", path.parent, "--ties", "file", "--image-size", 8)
+        ours, peak = timed(*line)
         whole, asked = data.read_bytes(), ">= 2x"
         what = f"01_data.py: {n:,} reviews, seconds"
         rows = [(what, f"{ours:.1f}", "not installed", "", asked)]
         if importlib.util.find_spec("pandas"):
-            peer, peer_peak = timed(sys.executable, "-c", PANDAS_SIDE, path, tmp / "pandas.npz")
+            peer, peer_peak = timed(sys.executable, "-c", PANDAS_SIDE, str(path), str(tmp / "pandas.npz"))
             d, p = torch.load(data, weights_only=True), np.load(tmp / "pandas.npz")
             same = all(np.array_equal(a, b) for a, b in (
                 (d["events"], p["events"]), (d["offsets"], p["offsets"]),
@@ -648,11 +646,11 @@ def bench_data(n=5_000_000):
                     ("  peak GiB", f"{peak:.2f}", f"{peer_peak:.2f}", "", "<= 1.5 (GB)"),
                     ("  events, offsets, ids equal to pandas'", str(same), "", "", "True")]
         data.unlink()
-        child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+        child = subprocess.Popen(line, stdout=subprocess.DEVNULL)
         time.sleep(ours / 2)
         child.kill()
         killed = child.wait() != 0 and not data.exists()
-        again, _ = timed(*command)
+        again, _ = timed(*line)
         rows += [("  killed half-way, run again: the same bytes",
                   str(killed and data.read_bytes() == whole), f"({again:.1f} s)", "", "True")]
     return rows
@@ -701,13 +699,13 @@ def make_shop(folder, N=400_000, U=700_000, events=6_500_000, seed=0):
     os.replace(folder / "reviews.partial", folder / "reviews.jsonl.gz")  # written last: complete
 
 
-def watch(command):
-    """Runs it. -> exit code, seconds, peak GiB, peak GiB of anonymous memory, what it printed.
+def watch(line):
+    """Runs a command line. -> exit code, seconds, peak GiB, peak GiB of anonymous memory, what it printed.
 
     The first peak counts pages of mapped files too, which the system may drop at any time."""
     start, anonymous = time.time(), 0
     with tempfile.TemporaryFile("w+") as printed:
-        child = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT)
         while (done := os.wait4(child.pid, os.WNOHANG))[0] == 0:
             status = pathlib.Path(f"/proc/{child.pid}/status")
             lines = status.read_text().split("\n") if status.exists() else []
@@ -727,14 +725,11 @@ def bench_scale(scripts=(1, 2, 3, 4, 5, 6), steps=50):
         if not (home / "shop/reviews.jsonl.gz").exists():
             make_shop(home / "shop")
         for n in scripts:
-            path = next(ROOT.glob(f"0{n}_*.py"))
             options = {1: ["--dataset", home / "shop"]}.get(n, ["--max-steps", steps] * (n in (2, 3, 5)))
-            code, seconds, peak, anonymous, printed = watch(
-                [sys.executable, path, "--run", home / "run", *map(str, options)])
+            code, seconds, peak, anonymous, printed = watch(command(n, "--run", home / "run", *options))
             said = [line for line in printed.splitlines() if "an epoch" in line or code]
-            rows.append((f"{path.name} at the paper's scale; " + " ".join(said[-3:]),
+            rows.append((f"{SCRIPTS[n - 1].name} at the paper's scale; " + " ".join(said[-3:]),
                          f"{seconds:.0f} s, {anonymous:.1f} GiB, {peak:.1f} with mapped files", "", "", "<= 16 GB"))
-            print(*rows[-1], flush=True)
     return rows
 
 

@@ -11,22 +11,31 @@ ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("0?_*.py"))
 
 
-def run_script(number, *options):
+def script(number):
+    """The script of that number as a new module: names that start with a digit cannot be imported."""
+    path = SCRIPTS[number - 1]
+    spec = importlib.util.spec_from_file_location(f"script{path.name[:2]}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(number, *options, processes=1):
+    """The command line of a script, under torchrun where several processes are asked for. -> list of str"""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--")
+    return [sys.executable, *(torchrun if processes > 1 else ()), *map(str, (SCRIPTS[number - 1], *options))]
+
+
+def run_script(number, *options, processes=1):
     """Runs the script of that number as a student would. -> the finished process"""
-    script = next(path for path in SCRIPTS if path.name.startswith(f"0{number}_"))
-    return subprocess.run([sys.executable, script, *map(str, options)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command(number, *options, processes=processes), capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="session")
 def scripts():
-    """The six scripts as modules, by number: names that start with a digit cannot be imported."""
-    modules = {}
-    for path in SCRIPTS:
-        spec = importlib.util.spec_from_file_location(f"script{path.name[:2]}", path)
-        modules[int(path.name[1])] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return modules
+    """The six scripts as modules, by number."""
+    return {number: script(number) for number in range(1, 7)}
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,10 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-            ROOT / "02_sasrec.py")
+from conftest import command, run_script
 
 
 def model_of(scripts, N=30, T=6):
@@ -92,16 +88,12 @@ def test_histories_end_before_their_event(scripts):
 
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_path):
     losses, ndcg = [], []
-    for name, batch in (("one", 64), ("two", 32)):
+    for name, batch, processes in (("one", 64, 1), ("two", 32, 2)):
         run = tmp_path / name
         run.mkdir()
         os.symlink(smoke[0] / "data.pt", run / "data.pt")
-        options = [str(x) for x in ("--run", run, "--smoke", "--dropout", 0, "--epochs", 3, "--batch", batch)]
-        if name == "one":
-            process = run_script(2, *options)
-        else:
-            process = subprocess.run([*TORCHRUN, *options], capture_output=True, text=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = run_script(2, "--run", run, "--smoke", "--dropout", 0, "--epochs", 3, "--batch", batch,
+                             processes=processes)
         assert process.returncode == 0, process.stderr
         saved = torch.load(run / "sasrec.pt", weights_only=True)
         losses.append(saved["losses"])
@@ -115,7 +107,8 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_pat
 
 def test_the_death_of_a_process_ends_the_run(smoke, tmp_path):
     os.symlink(smoke[0] / "data.pt", tmp_path / "data.pt")
-    process = subprocess.Popen([*TORCHRUN, "--run", tmp_path, "--smoke", "--epochs", "100000", "--patience", "100000"],
+    process = subprocess.Popen(command(2, "--run", tmp_path, "--smoke", "--epochs", 100_000, "--patience", 100_000,
+                                       processes=2),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
     while "epoch   1" not in process.stdout.readline():

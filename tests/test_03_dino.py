@@ -1,20 +1,15 @@
 """03_dino_quantizer.py: the ViT has the public names, the quantiser and the loss do what the equations say."""
 
-import importlib.util
 import itertools
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import command, script
 
-path = Path(__file__).resolve().parent.parent / "03_dino_quantizer.py"
-spec = importlib.util.spec_from_file_location("dino_quantizer", path)
-dino = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dino)
+dino = script(3)
 
 TINY = ["--smoke", "--device", "cpu", "--batch", "8", "--width", "12"]
 
@@ -277,11 +272,9 @@ def test_bfloat16_is_close(tmp_path):
 
 
 def torchrun(run, *options, **given):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-               str(path), "--run", str(run), "--smoke", "--device", "cpu", "--width", "12", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            **given)
+    line = command(3, "--run", run, "--smoke", "--device", "cpu", "--width", "12", *options, processes=2)
+    return subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **given)
 
 
 def test_two_processes_are_one_of_the_doubled_batch(tmp_path):

@@ -1,23 +1,18 @@
 """04_text_codes.py: tf-idf by hand, three doors to one result, codes that are the argmin chain and a bijection."""
 
 import http.server
-import importlib.util
 import json
 import math
 import os
 import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import command, script
 
-path = Path(__file__).resolve().parent.parent / "04_text_codes.py"
-spec = importlib.util.spec_from_file_location("text_codes", path)
-text = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(text)
+text = script(4)
 
 COLOURS, THINGS = "red blue green amber".split(), "mug lamp chair bowl vase tray".split()
 
@@ -167,7 +162,7 @@ def test_a_seed_gives_the_same_file_in_every_process(tmp_path):
     """Python orders sets of strings anew in every process: sums must not follow that order."""
     here = codes_of(write_run(tmp_path / "run"))
     environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([sys.executable, path, "--run", tmp_path / "run"], env=environment, check=True,
+    subprocess.run(command(4, "--run", tmp_path / "run"), env=environment, check=True,
                    capture_output=True)
     there = torch.load(tmp_path / "run" / "text_codes.pt", weights_only=True)
     assert torch.equal(here["codes"], there["codes"]) and torch.equal(here["embeddings"], there["embeddings"])

@@ -2,15 +2,11 @@
 import argparse
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import run_script
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-            ROOT / "05_generator.py")
 N, K, L, D, S = 60, 8, 4, 2, 5
 
 
@@ -187,11 +183,10 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_pat
     """torchrun: the same losses to 1e-4, one file each, and what is printed is printed once."""
     for file in ("data.pt", "image_codes.pt", "text_codes.pt", "collab_codes.pt"):
         os.symlink(smoke[0] / file, tmp_path / file)
-    options = [str(x) for x in ("--run", tmp_path, "--smoke", "--dropout", 0, "--masking", 0, "--epochs", 2)]
+    options = ("--run", tmp_path, "--smoke", "--dropout", 0, "--masking", 0, "--epochs", 2)
     process = run_script(5, *options, "--batch", 64, "--name", "one")
     assert process.returncode == 0, process.stderr
-    process = subprocess.run([*TORCHRUN, *options, "--batch", "32", "--name", "two"], capture_output=True, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = run_script(5, *options, "--batch", 32, "--name", "two", processes=2)
     assert process.returncode == 0 and process.stdout.count("epoch   0") == 1, process.stderr
     one, two = (torch.load(tmp_path / f"generator-{name}.pt", weights_only=True) for name in ("one", "two"))
     assert torch.allclose(one["losses"], two["losses"], atol=1e-4), (one["losses"], two["losses"])

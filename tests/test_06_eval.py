@@ -1,16 +1,13 @@
 """06_eval.py: metrics and intervals by hand, and a table that any model joins by a file."""
 
-import importlib.util
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import script
 
-path = Path(__file__).resolve().parent.parent / "06_eval.py"
-spec = importlib.util.spec_from_file_location("evaluation", path)
-evaluation = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evaluation)
+evaluation = script(6)
 
 N, TOP = 40, 20
 
