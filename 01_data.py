@@ -18,31 +18,38 @@ writes  data.pt
           item_ids       list (N+1)       str, the ids of the source, sorted
           user_ids       list (U)         str, sorted
           train_counts   int32 (N+1)      events of the item in training
-          meta           dict             source, counts by reason, options; truth of the toy shop
+          meta           dict             source, its files' SHA-256, what was dropped and why,
+                                          options; truth of the toy shop
 writes  images.pt
           images         uint8 (N+1, 3, S, S)   all zero where there is no picture
+writes  items.png        what 24 items and one user's history look like at this size
 
 On the toy shop: 3 seconds, 0.3 GiB (2 cores of an AMD EPYC).
 """
-import argparse, array, colorsys, csv, gzip, hashlib, io, itertools, json, multiprocessing.pool, os
-import re, shutil, sys, tempfile, zlib
+import argparse, array, colorsys, contextlib, csv, functools, gzip, hashlib, io, ipaddress, json
+import mmap, multiprocessing.pool, os, re, socket, sys, tempfile, textwrap, threading, time, zlib
 from collections import Counter
+from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 import numpy as np
 import requests
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 MIN_EVENTS = 3                      # a user needs one event each to train, validate and test
-WORKERS = 32                        # threads that fetch and decode pictures
-Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many: an attack on memory
+WORKERS, DECODE = 32, threading.Semaphore(4)    # threads that fetch pictures, that decode them
+Image.MAX_IMAGE_PIXELS = 12_500_000  # Pillow refuses twice as many: an attack on memory
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")     # Pillow would run a program for PostScript
 HOSTS = ["https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw",
          "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023/raw"]
-RETRY = requests.adapters.Retry(4, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))
-TRIES, TIMEOUT = 8, (10, 60)        # of a transfer that breaks off; seconds: connect, next bytes
+TRIES, PAUSES, TIMEOUT = 6, (0.5, 60), (10, 60)     # seconds: first, longest; connect, next bytes
+LONGEST = {".gz": 100 << 30, ".jpg": 50 << 20}      # bytes of a download: no body is endless
+LONGEST_LINE, LATEST = 1 << 24, 4_102_444_800_000   # characters; 2100 in ms (s are below it)
 
-# --- Files ---------------------------------------------------------------------------------------
+MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
+
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
@@ -50,12 +57,18 @@ def fail(message):
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(artifact, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(artifact | {"made_from": MADE_FROM}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+        partial.unlink(missing_ok=True)
+        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
 # --- The toy shop --------------------------------------------------------------------------------
 # Colour and pattern are seen only in the picture, the material is named only in the text, the
@@ -145,6 +158,7 @@ def rows(path, counts):
                                                 desc=path.name, disable=None, leave=False) as file:
         lines = io.TextIOWrapper(gzip.open(file) if path.suffix == ".gz" else file, "utf-8-sig",
                                  "replace", newline="")
+        lines = iter(functools.partial(lines.readline, LONGEST_LINE), "")
         table = csv.DictReader(lines) if ".csv" in path.name else None
         decode = json.JSONDecoder().decode      # json.loads looks at its options at every line
         while True:
@@ -156,7 +170,7 @@ def rows(path, counts):
             except StopIteration:
                 return
             except (OSError, EOFError, zlib.error) as error:
-                fail(f"{path} breaks off ({error}): get the file again.")
+                fail(f"{path} breaks off ({error}): delete it and get it again.")
             except (ValueError, RecursionError, csv.Error):
                 counts[f"{path.name}: malformed line"] += 1
 
@@ -164,74 +178,101 @@ def item_of(row):
     """The item's id, as Amazon Reviews 2023, its older releases and PixelRec name it."""
     return row.get("parent_asin", row.get("asin", row.get("item_id")))
 
-def read_events(source, counts):
-    """Of each event three integers stay in memory, of each id one string.
+class Numbers(dict):
+    """id -> 0, 1, 2, ... in order of appearance. KeyError: empty, of another type, unprintable."""
+    def __missing__(self, value):
+        name = str(value) if type(value) in (str, int) else ""
+        if not 0 < len(name) < 256 or not name.isprintable():
+            raise KeyError(value)
+        return self.setdefault(name, len(self))
 
-    -> user, item int32 (events), time int64 (events), user ids, item ids in order of appearance."""
-    users, items = {}, {}
+def read_events(source, counts):
+    """Of each event three integers stay in memory, of each id one string. -> user, item int32
+    (events), time int64 (events), user ids, item ids in order of appearance."""
+    users, items = Numbers(), Numbers()
     user, item, time = array.array("i"), array.array("i"), array.array("q")
     for row in source:
-        who, what = row.get("user_id"), item_of(row)
-        if who in (None, "") or what in (None, ""):
-            counts["events: no user" if who in (None, "") else "events: no item"] += 1
-            continue
         try:
-            time.append(int(row["timestamp"]))
+            reason = "no user"
+            u = users[row["user_id"]]
+            reason = "no item"
+            i = items[item_of(row)]
+            reason = "bad time"
+            t = int(row["timestamp"])
+            if not 0 <= t < LATEST:
+                raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError):
-            counts["events: bad time"] += 1
+            counts[f"events: {reason}"] += 1
             continue
-        user.append(users.setdefault(str(who), len(users)))
-        item.append(items.setdefault(str(what), len(items)))
+        user.append(u), item.append(i), time.append(t)
     counts["events: well-formed"] = len(time)
     return np.array(user), np.array(item), np.array(time), list(users), list(items)
+
+def public(url):
+    """False for hosts of this machine and its network: anybody may have written a data file."""
+    with contextlib.suppress(OSError):          # a name unknown here: a proxy may know it
+        found = socket.getaddrinfo(urlsplit(url).hostname, None)
+        return all(ipaddress.ip_address(ip).is_global for *_, (ip, *_) in found)
+    return True
 
 def download(session, url, path):
     """Fetches url, going on where an earlier try broke off. Raises requests.RequestException."""
     partial, tag = (path.with_name(path.name + end) for end in (".partial", ".etag"))
-    for _ in range(TRIES):
+    for n in range(TRIES):
+        time.sleep(PAUSES[0] * (2 ** n - 1))
         version = tag.read_text() if tag.exists() and partial.exists() else ""
         have, headers = partial.stat().st_size if version else 0, {"Accept-Encoding": "identity"}
         if have:                     # the rest; or all of it if the file has changed since
             headers |= {"Range": f"bytes={have}-", "If-Range": version}
-        with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
-            if reply.status_code == 416:                # no such rest: the next run starts anew
-                tag.unlink(missing_ok=True)
-            reply.raise_for_status()
-            have *= reply.status_code == 206
-            whole = have + int(reply.headers.get("Content-Length", 0))
-            tag.write_text(reply.headers.get("ETag") or reply.headers.get("Last-Modified") or "")
-            with open(partial, "ab" if have else "wb") as file, tqdm.wrapattr(
-                    file, "write", desc=path.name, initial=have, total=whole,
-                    disable=None if path.suffix == ".gz" else True) as progress:
-                try:
-                    shutil.copyfileobj(reply.raw, progress, 1 << 18)    # raw: a .gz stays packed
-                except requests.packages.urllib3.exceptions.HTTPError:
-                    continue
-        if partial.stat().st_size >= whole:
+        try:
+            with session.get(url, headers=headers, stream=True, timeout=TIMEOUT,
+                             allow_redirects=path.suffix == ".gz") as reply:
+                status, header = reply.status_code, reply.headers.get
+                now = header("ETag") or header("Last-Modified") or version * (status == 206)
+                rest = status == 206 and now == version
+                if not rest and status in (206, 416):
+                    tag.unlink(missing_ok=True)         # not the rest of what is here: anew
+                if not rest and status in (206, 416, 429) or status >= 500:
+                    time.sleep(min(int("0" + header("Retry-After", "")[:9]), PAUSES[1]))
+                    raise requests.ConnectionError(f"status {status}")
+                reply.raise_for_status()
+                have *= rest
+                tag.write_text(now)
+                with open(partial, "ab" if have else "wb") as file, tqdm.wrapattr(
+                        file, "write", desc=path.name, initial=have,
+                        total=have + (reply.raw.length_remaining or 0),
+                        disable=None if path.suffix == ".gz" else True) as progress:
+                    while have <= LONGEST[path.suffix] and (part := reply.raw.read(1 << 18)):
+                        have += progress.write(part)    # raw: a .gz stays packed
             tag.unlink()
-            return os.replace(partial, path)            # it gets its name when it is complete
-    raise requests.ConnectionError(f"{url} broke off {TRIES} times")
+            if have <= LONGEST[path.suffix] and "html" not in header("Content-Type", ""):
+                return os.replace(partial, path)        # it gets its name when it is complete
+            partial.unlink()
+            raise requests.RequestException(f"{url} is endless, or a page instead of a file")
+        except (requests.ConnectionError, requests.Timeout, ValueError,
+                requests.packages.urllib3.exceptions.HTTPError) as error:
+            problem = error
+    raise requests.RequestException(f"{url} failed {TRIES} times: {problem}")
 
 def fetch_category(category, session, hosts, folder):
     """Downloads what the folder lacks of the two files of a category of Amazon Reviews 2023."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    files = {folder / "reviews.jsonl.gz": f"review_categories/{category}.jsonl.gz",
-             folder / "meta.jsonl.gz": f"meta_categories/meta_{category}.jsonl.gz"}
-    for path, name in files.items():
+    for name, kind in ("reviews", "review_categories/"), ("meta", "meta_categories/meta_"):
+        path = folder / f"{name}.jsonl.gz"
         for host in [] if path.exists() else hosts:
             try:
-                download(session, f"{host.rstrip('/')}/{name}", path)
+                download(session, f"{host.rstrip('/')}/{kind}{category}.jsonl.gz", path)
                 break
-            except requests.RequestException as error:
+            except (OSError, ValueError) as error:
                 problem = error
         if not path.exists():
             fail(f"{path} cannot be had ({problem}): check the category, the network, --base-url.")
 
-def open_folder(folder, session, counts):
-    """-> events and catalogue (one dict a line), and what opens an item's picture."""
+def open_folder(folder, session, hosts, counts):
+    """-> events, catalogue (one dict a line), what opens an item's picture, both files"""
     tables = [p for k in ("*.jsonl", "*.jsonl.gz", "*.csv", "*/*.csv") for p in folder.glob(k)]
     events = [path for path in tables       # told by its fields: PixelRec's two have one name
-              if any("user_id" in row for row in itertools.islice(rows(path, Counter()), 20))]
+              if any("user_id" in row for row in islice(rows(path, Counter()), 20))]
     if len(events) != 1 or len(tables) != 2:
         fail(f"{folder} needs one file of events (with user_id), one of items: .jsonl(.gz), .csv.")
     tables.remove(events[0])
@@ -239,11 +280,14 @@ def open_folder(folder, session, counts):
     def find(item_id, picture):
         path = folder / "images" / f"{hashlib.sha256(item_id.encode()).hexdigest()}.jpg"
         if session and picture and not path.exists():
+            if not (urlsplit(picture).netloc in hosts or public(picture)):
+                raise PermissionError(f"{picture} is of no public host")
             download(session, picture, path)
         for at in (f"images/{path.name}", picture, f"images/{item_id}.jpg", f"cover/{item_id}.jpg"):
             if ".." not in Path(at).parts and os.path.isfile(f"{folder}/{at}"):
-                return Image.open(f"{folder}/{at}")
-    return rows(events[0], counts), rows(tables[0], counts), find
+                return Image.open(f"{folder}/{at}", formats=FORMATS)
+
+    return rows(events[0], counts), rows(tables[0], counts), find, events + tables
 
 # --- The rules -----------------------------------------------------------------------------------
 def k_core(user, item, k):
@@ -281,7 +325,8 @@ def arrange(user, item, time, user_ids, item_ids, args, counts):
     keep("beyond --max-events", from_end <= (args.max_events or len(user)))
     keep(f"outside the {args.k_core}-core", k_core(user, item, args.k_core))
     if not len(user):
-        fail(f"{args.dataset} has no event left in its {args.k_core}-core: try a smaller --k-core.")
+        why = ", ".join(f"{number:,} {reason}" for reason, number in counts.items() if number)
+        fail(f"{args.dataset} has no event left in its {args.k_core}-core ({why}): --k-core 1?")
 
     user, user_ids = renumber(user, user_ids)
     item, item_ids = renumber(item, item_ids)
@@ -290,12 +335,13 @@ def arrange(user, item, time, user_ids, item_ids, args, counts):
     return (1 + item[by_user]).astype(np.int32), offsets, user_ids, item_ids
 
 # --- Texts and pictures of the items that are left -----------------------------------------------
-def strings(value):
+def strings(value, deep=4):
     """A real catalogue holds null, a string, a list or a list of lists in one field."""
     if isinstance(value, list):
-        return [text for part in value for text in strings(part)]
-    text = " ".join(str(value).split()) if isinstance(value, (str, int)) else ""
-    return [text.encode("utf-8", "replace").decode()] if text else []
+        return [text for part in value[:99 * deep] for text in strings(part, deep - 1)]
+    text = " ".join(str(value)[:10_000].split()) if type(value) in (str, int) else ""
+    text = re.sub(r"[\0-\x1f\x7f-\x9f]", "", text).encode("utf-8", "replace").decode()
+    return [text] if text else []
 
 def read_catalogue(source, item_ids, counts):
     """-> titles, texts, categories, pictures (address, path or look; "": none): lists (N+1)."""
@@ -303,11 +349,13 @@ def read_catalogue(source, item_ids, counts):
     titles, texts, pictures = ([""] * (len(item_ids) + 1) for _ in range(3))
     categories = [[] for _ in titles]
     for row in source:
-        if not (i := number.pop(str(item_of(row)), 0)):     # nobody kept it, or its second line
+        if not (i := number.pop(str(item_of(row)), 0)):
+            counts["catalogue: line of an item not kept, or its second"] += 1
             continue
-        titles[i] = " ".join(strings(row.get("title")))
+        titles[i] = " ".join(strings(row.get("title")))[:500]
         texts[i] = " ".join(strings([row.get("features"), row.get("description")]))[:2000]
-        categories[i] = strings(row.get("categories") or row.get("main_category") or row.get("tag"))
+        sorts = strings(row.get("categories") or row.get("main_category") or row.get("tag"))
+        categories[i] = [sort[:100] for sort in sorts[:20]]
         images = row.get("images") if isinstance(row.get("images"), list) else []
         images = sorted((image for image in images if isinstance(image, dict)),
                         key=lambda image: image.get("variant") != "MAIN")   # stable: else the first
@@ -317,29 +365,47 @@ def read_catalogue(source, item_ids, counts):
     return titles, texts, categories, pictures
 
 def write_images(path, find, item_ids, pictures, S, counts):
-    """Squeezes every picture to S x S, into a file rather than into memory. -> has_image (N+1,)."""
-    def put(i):
+    """Squeezes every picture to S x S, into a file rather than into memory. -> has_image (N+1,)"""
+    def squeeze(i):
         try:
             image = find(item_ids[i - 1], pictures[i])
             if not image:
-                return "no picture"
-            image.draft("RGB", (2 * S, 2 * S))          # a JPEG decodes at 1/2, 1/4, 1/8 for less
-            image = image.convert("RGBA").resize((S, S), Image.Resampling.LANCZOS)
+                return "no picture", bytes(3 * S * S)
+            with DECODE:
+                image.draft("RGB", (2 * S, 2 * S))      # a JPEG decodes at 1/2, 1/4, 1/8 for less
+                if image.mode[0] == "I":                # 16 bits: Pillow would cut, not scale
+                    image = image.point(lambda value: value * (1 / 256)).convert("L")
+                image = image.convert("RGBA").resize((S, S), Image.Resampling.LANCZOS)
             image = Image.alpha_composite(Image.new("RGBA", (S, S), "white"), image)
-            images[i] = torch.from_numpy(np.array(image)[..., :3]).permute(2, 0, 1)  # (3, S, S)
-            return "picture"
+            return "picture", np.array(image)[..., :3].transpose(2, 0, 1).tobytes()  # (3, S, S)
         except Exception as error:          # Pillow has no one error for a broken picture
-            return f"picture lost ({type(error).__name__})"
+            return f"picture lost ({type(error).__name__})", bytes(3 * S * S)
 
-    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as tmp, \
+    with tempfile.TemporaryFile(dir=path.parent) as file, \
             multiprocessing.pool.ThreadPool(WORKERS) as pool:
-        images = torch.from_file(f"{tmp}/map", True, 3 * S * S * len(pictures), dtype=torch.uint8)
-        images = images.view(-1, 3, S, S)  # (N+1, 3, S, S)
-        state = pool.imap(put, range(1, len(pictures)), chunksize=16)
-        state = [*tqdm(state, "pictures", len(item_ids), disable=None)]
-        save({"images": images}, path)
-    counts.update(f"items: {s}" for s in state)
-    return torch.tensor([s == "picture" for s in [""] + state])  # (N+1,)
+        states = [file.write(bytes(3 * S * S))]     # padding. Unlike a map, it tells of a full disk
+        squeezed = pool.imap(squeeze, range(1, len(pictures)), chunksize=16)
+        for state, pixels in tqdm(squeezed, "pictures", len(item_ids), disable=None):
+            states.append(state), file.write(pixels)
+        file.flush()
+        images = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+        save({"images": images.view(-1, 3, S, S)}, path)  # (N+1, 3, S, S)
+    counts.update(f"items: {state}" for state in states[1:])
+    return torch.tensor([state == "picture" for state in states])  # (N+1,)
+
+def draw_sheet(path, images, has_image, names, shown, history):
+    """24 items, the most bought first; below, a user's last 8: S x S, as the models see them."""
+    page, font = Image.new("RGB", (900, 607), "white"), ImageFont.load_default(12)
+    pen = ImageDraw.Draw(page)
+    pen.text((12, 448), "A user's history, the last two for validation and test:", "black", font)
+    for n, i in [*enumerate(shown), *enumerate(history[-8:], 24)]:
+        x, y = 12 + n % 8 * 111, 12 + n // 8 * 145 + n // 24 * 22
+        tile = Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((100, 100))
+        page.paste(tile if has_image[i] else "#ccc", (x, y, x + 100, y + 100))
+        words = textwrap.fill(names[i], 16, max_lines=2, placeholder="...")
+        pen.text((x, y + 103), words, "black", font)
+    page.save(path.with_name("items.png.partial"), "PNG")
+    os.replace(path.with_name("items.png.partial"), path)
 
 # --- The script ----------------------------------------------------------------------------------
 def main(argv=None):
@@ -362,21 +428,26 @@ def main(argv=None):
         parser.set_defaults(max_items=60, max_users=200)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if isinstance(value, int) and value < (name == "k_core"):
-            fail(f"--{name.replace('_', '-')} {value} is too small.")
+        low, high = int(name == "k_core"), 1024 if name == "image_size" else 2 ** 32 - 1
+        if isinstance(value, int) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}.")
+    n, n_users = args.max_items or 1050, args.max_users or 4000
+    if args.dataset == "toy" and n * n_users > 10 ** 8:
+        fail("The toy shop is too large: --max-items times --max-users may be 100,000,000.")
     S = args.image_size or (32 if args.dataset == "toy" else 64)
     counts, session, truth, folder = Counter(), None, {}, Path(args.dataset).expanduser()
     if args.dataset == "toy":
-        events, items, truth = toy_shop(args.max_items or 1050, args.max_users or 4000, args.seed)
-        find = lambda item_id, look: look and draw(look, S)
+        events, items, truth = toy_shop(n, n_users, args.seed)
+        find, files = lambda item_id, look: look and draw(look, S), []
     else:
         if not folder.is_dir():
             if not re.fullmatch(r"[A-Z][A-Za-z_]+", args.dataset):
                 fail(f"{args.dataset} is neither toy, nor a folder here, nor an Amazon category.")
             session, folder = requests.Session(), args.cache.expanduser() / args.dataset
-            session.adapters = {"http": requests.adapters.HTTPAdapter(WORKERS, WORKERS, RETRY)}
+            session.mount("https://", requests.adapters.HTTPAdapter(WORKERS, WORKERS))
             fetch_category(args.dataset, session, args.base_url, folder)
-        events, items, find = open_folder(folder, session, counts)
+        events, items, find, files = open_folder(
+            folder, session, [urlsplit(url).netloc for url in args.base_url], counts)
 
     events, offsets, user_ids, item_ids = arrange(*read_events(events, counts), args, counts)
     titles, texts, categories, pictures = read_catalogue(items, item_ids, counts)
@@ -388,27 +459,35 @@ def main(argv=None):
     args.run.mkdir(parents=True, exist_ok=True)
     (args.run / "data.pt").unlink(missing_ok=True)      # an old one must not meet new images
     has_image = write_images(args.run / "images.pt", find, item_ids, pictures, S, counts)
+    popular = np.argsort(-train_counts, kind="stable")[:N]  # (N,): the item bought most is the first
+    history = events[offsets[U // 2]:offsets[U // 2 + 1]][-12:]
+    names = [title or item_id for title, item_id in zip(titles, [""] + item_ids)]
+    images = torch.load(args.run / "images.pt", weights_only=True, mmap=True)["images"]
+    shown = popular[np.linspace(0, N - 1, min(N, 24)).astype(int)]
+    draw_sheet(args.run / "items.png", images, has_image, names, shown, history)
     options = {k: v if isinstance(v, (int, str)) else str(v) for k, v in vars(args).items()}
-    meta = {"source": args.dataset, "counts": dict(counts), "options": options, "truth": truth}
+    meta = {"source": args.dataset, "counts": dict(counts), "options": options, "truth": truth,
+            "sha256": {path.name: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+                       for path in files}}
     save({"events": torch.from_numpy(events), "offsets": torch.from_numpy(offsets),
           "titles": titles, "texts": texts, "categories": categories, "has_image": has_image,
           "item_ids": [""] + item_ids, "user_ids": user_ids,
           "train_counts": torch.from_numpy(train_counts).int(), "meta": meta}, args.run / "data.pt")
 
     print("\n".join(f"{reason:40}{number:12,}" for reason, number in counts.items()))
-    popular = np.argsort(-train_counts, kind="stable")  # (N+1,)
     top_tenth = train_counts[popular[:max(1, N // 10)]].sum() / train_counts.sum()
     hits = np.isin(events[offsets[1:] - 1], popular[:10]).mean()
     print(f"\nU {U:,} users, N {N:,} items, {len(events):,} events: {len(events) / U:.1f} a user, "
           f"{len(events) / N:.1f} an item, density {len(events) / U / N:.3%}; items with a picture "
           f"{has_image.sum() / N:.1%}, a text {sum(map(bool, texts)) / N:.1%}\ntraining events on "
           f"the most popular tenth {top_tenth:.1%}; the top ten for all: Recall@10 {hits:.4f}")
-    for i in sorted({1, (N + 1) // 2, N}):
-        print(f"\nitem {i}: {titles[i] or item_ids[i - 1]} | {', '.join(categories[i])} | "
-              f"{'picture' if has_image[i] else 'no picture'} | {texts[i][:150]}")
-    history = events[offsets[U // 2]:offsets[U // 2 + 1]][-12:]
+    print(f"\nitem {history[0]}: {names[history[0]]} | {', '.join(categories[history[0]])} | "
+          f"{'picture' if has_image[history[0]] else 'no picture'} | {texts[history[0]][:150]}")
     print(f"\nuser {U // 2}, in order of time (the last two are for validation and test):",
-          *(titles[i] or item_ids[i - 1] for i in history), sep="\n  ")
+          *(names[i] for i in history), sep="\n  ")
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, MemoryError, KeyboardInterrupt) as error:      # disk full, read-only, Ctrl-C
+        fail(f"stopped by {error!r}: the same command begins again.")

@@ -1,10 +1,9 @@
 """SASRec: a sequence model over item ids, and the collaborative codes that its embeddings give.
 
 Trains SASRec (Kang and McAuley, 2018) with the full-softmax cross-entropy over all items, writes
-its recommendations and those of popularity, and cuts its item embeddings e_i into codes by
-residual k-means: r_0 = e_i; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l]
-(MSCGRec, arXiv 2602.03713, the collaborative modality). It sees training events only: of each
-user all but the last two.
+its recommendations, and cuts its item embeddings e_i into codes by residual k-means: r_0 = e_i;
+c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l] (MSCGRec, arXiv 2602.03713, the
+collaborative modality). It sees training events only: of each user all but the last two.
 
     python 02_sasrec.py                          # after 01_data.py
     torchrun --nproc_per_node=2 -- 02_sasrec.py  # several GPUs; "--": torchrun would take --run
@@ -22,13 +21,12 @@ writes  sasrec.pt
           codebooks         float32 (3, K, E)
           embeddings        float32 (N+1, E)     standardised; zero where nothing is known
           known             bool (N+1)           the item occurs in training
-          stats             dict                 use, perplexity, uniqueness, moved items
+          moved             int                  items that redistribution moved
         predictions-sasrec-s0.pt                 as 06_eval.py describes
-        predictions-popularity-s0.pt
 
 On the toy shop: 1.3 minutes, 0.4 GiB (2 cores of an AMD EPYC).
 """
-import argparse, atexit, math, os, pathlib, resource, sys, time
+import argparse, atexit, hashlib, math, os, pathlib, resource, signal, sys, time, zipfile
 
 import torch
 import torch.distributed as dist
@@ -41,62 +39,85 @@ NEGATIVES = 1024       # items, drawn once a step and shared by its targets
 WARM_UP = 100          # steps in which the learning rate rises to its value
 JUDGES = 20_000        # users whose validation events decide when training stops
 
-# --- Files ---------------------------------------------------------------------------------------
+MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
+
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
     sys.exit(2)
 
 def load(path, maker, mmap=False):
-    """Reads one artifact of the run; `maker` is the script that writes it."""
-    if not path.exists():
-        fail(f"{path} is missing: run {maker} with the same --run first.")
+    """Reads what `maker` wrote. Refuses a damaged file, and one made from others than read now."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
+        artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        for name, digest in artifact.get("made_from", {}).items():
+            if MADE_FROM.get(name, digest) != digest:
+                fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
+        MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+        return artifact
     except Exception as error:
-        fail(f"{path} cannot be read ({type(error).__name__}): delete it, run {maker} again.")
+        fail(f"{path} is missing or damaged ({type(error).__name__}): run {maker} with this --run.")
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(artifact, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(artifact | {"made_from": MADE_FROM}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+        partial.unlink(missing_ok=True)
+        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
-# --- Several processes: torchrun --nproc_per_node=2 ----------------------------------------------
+def resume(path, args, **parts):
+    """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
+    new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
+    signal.signal(signal.SIGINT, lambda *_: fail("stopped: the same command goes on from here"))
+    if args.fresh or args.max_steps or not path.exists():
+        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
+    state, now = load(path, "this script with --fresh"), vars(args)
+    del MADE_FROM[path.name]  # results are not made from it
+    for name in state["options"].keys() - {"run", "device", "rank", "fresh"}:
+        if state["options"][name] != now[name]:
+            fail(f"{path} was begun with --{name} {state['options'][name]}, now it is {now[name]}: "
+                 "go on with the same, or start over with --fresh.")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
 def join():
-    """Under torchrun, meets the other processes (gloo between CPUs, nccl between GPUs). -> rank,
-    the number of this one, and world, how many there are. Only rank 0 prints and writes files."""
+    """Under torchrun, meets the other processes -> rank, the number of this one, world, of all."""
     if not dist.is_torchelastic_launched():
         return 0, 1
     dist.init_process_group()
     atexit.register(dist.destroy_process_group)
+    atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # only one prints
     return dist.get_rank(), dist.get_world_size()
 
-def add_up(x):
-    """The sum of a tensor over all processes, in place: each has seen its share."""
+def add_up(x):  # the sum over all processes, in place: each has seen its share
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
-# --- Data: sequences cut from the flat array of events -------------------------------------------
-def windows(split, offsets, T, rng=None):
-    """What a model sees: slices events[start:start+length], at most T long. Validation and test:
-    what precedes a user's held-out event. Training: inputs, whose targets are one event later, so
-    that every event but a user's first is a target once; cuts of longer histories move by a
-    random phase. offsets (U+1,) -> start, length (W,)"""
+def windows(split, offsets, T):
+    """What a model sees: slices events[start:start+length], at most T long; start, length: (W,).
+    Training: inputs whose targets are one event later, each event but a user's first once; a random
+    phase moves the cuts of long histories. Else: what precedes a user's held-out event."""
     if split != "train":
         target = offsets[1:] - (1 if split == "test" else 2)  # (U,)
         start = torch.maximum(offsets[:-1], target - T)  # (U,)
         return start, target - start
     U, targets = len(offsets) - 1, (offsets.diff() - 3).clamp(min=0)  # (U,); two are held out
-    phase = torch.randint(T, (U,), generator=rng) * (targets > T)  # (U,)
+    phase = torch.randint(T, (U,)) * (targets > T)  # (U,)
     count = (targets + phase + T - 1) // T  # (U,)
     user = torch.arange(U).repeat_interleave(count)  # (W,)
     number = torch.arange(len(user)) - (count.cumsum(0) - count)[user]  # (W,)
@@ -104,14 +125,13 @@ def windows(split, offsets, T, rng=None):
     end = torch.minimum((number + 1) * T - phase[user], targets[user])  # (W,)
     return offsets[user] + begin, end - begin
 
-def equal_length_batches(lengths, tokens, rng=None):
-    """Batches of sequences of one length, about `tokens` items in each, in random order: nothing
-    is padded, nothing masked. lengths (W,) -> list of index tensors"""
-    order, batches = torch.randperm(len(lengths), generator=rng), []  # (W,)
+def equal_length_batches(lengths, tokens):
+    """Batches of one length each, of about `tokens` items: no padding. (W,) -> list of indices"""
+    order, batches = torch.randperm(len(lengths)), []  # (W,)
     order = order[lengths[order].argsort(stable=True)]  # (W,)
     for group in order.split(lengths.bincount()[lengths.unique()].tolist()):
         batches += group.split(max(1, tokens // int(lengths[group[0]])))
-    return [batches[i] for i in torch.randperm(len(batches), generator=rng)]
+    return [batches[i] for i in torch.randperm(len(batches))]
 
 # --- The model -----------------------------------------------------------------------------------
 class Dropout(nn.Dropout):
@@ -127,7 +147,6 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(E), nn.LayerNorm(E)
         self.qkv, self.out = nn.Linear(E, 3 * E), nn.Linear(E, E)
         self.up, self.down = nn.Linear(E, 4 * E), nn.Linear(4 * E, E)
-
     def forward(self, x):
         B, T, E = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.H, E // self.H).permute(2, 0, 3, 1, 4)
@@ -150,10 +169,8 @@ class SASRec(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-
     def vectors(self):  # (N+1, E)
         return self.items.weight + self.project(self.content) if self.project else self.items.weight
-
     def forward(self, history):
         place = torch.arange(history.shape[1], device=history.device)  # (T,)
         x = F.embedding(history, self.vectors()) + self.positions(place)  # (B, T, E)
@@ -177,7 +194,6 @@ class FullSoftmax(torch.autograd.Function):
         share[row, target] -= 1
         ctx.save_for_backward(share @ embeddings, share.T @ hidden)  # (n, E), (N+1, E)
         return loss.sum()
-
     @staticmethod
     def backward(ctx, grad):
         return *(grad * product for product in ctx.saved_tensors), None
@@ -278,12 +294,10 @@ def number_in_group(group, order):
 
 def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
-
     An item without this modality gets a random place in the tree: it may still be a target.
     Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
     it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
-    embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
-    -> codes int16 (N+1, 4), row 0 = -1, and statistics of the known items' codes."""
+    embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
     K = codebooks.shape[1]
     codes = quantise(embeddings, codebooks)  # (N+1, 3)
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
@@ -306,16 +320,10 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
-    use = [torch.bincount(codes[known, l], minlength=K).float() for l in range(4)]
-    entropy = [torch.special.entr(n / n.sum().clamp(min=1)).sum().item() for n in use]
-    shared = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
-    stats = {"used": [(n > 0).float().mean().item() for n in use],
-             "perplexity": [math.exp(h) for h in entropy], "moved": moved.sum().item(),
-             "unique": [(n == 1).sum().item() / max(1, n.sum().item()) for n in shared],
-             "largest": [max(n.tolist(), default=0) for n in shared]}
-    print(f"codes: {min(stats['used'][:3]):.0%} or more of {K} in use, {stats['unique'][2]:.0%} of "
-          f"the items alone after level 3, at most {stats['largest'][2]} together")
-    return codes.to(torch.int16), stats
+    _, together = prefix[known].unique(return_counts=True)  # (prefixes,)
+    alone = (together == 1).sum() / max(1, len(prefix[known]))  # ()
+    print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
+    return codes.to(torch.int16), moved.sum().item()
 
 # -------------------------------------------------------------------------------------------------
 def main(argv=None):
@@ -325,7 +333,7 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of every random choice")
     add("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
-    add("--name", default="sasrec", help="of its row in the table; only sasrec's codes are kept")
+    add("--name", default="sasrec", help="of its row and files; another writes NAME_codes.pt too")
     add("--content", default="", help="codes' files whose embeddings items have too, as text,image")
     add("--loss", choices=("softmax", "bce"), default="softmax", help="over all items, or original")
     add("--length", type=int, default=20, help="T: events of history that the model sees")
@@ -337,61 +345,49 @@ def main(argv=None):
     add("--batch", type=int, default=128, help="targets a training step, of each process")
     add("--epochs", type=int, default=200, help="at the most")
     add("--patience", type=int, default=12, help="epochs without a better NDCG@10 before it stops")
-    add("--max-steps", type=int, default=0, help="a trial: stop after some, predict nothing")
+    add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
+    add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--top", type=int, default=20, help="items recommended to a user")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=2, width=16, layers=1)
     args = parser.parse_args(argv)
     if min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1:
         fail("--length, --layers, --heads, --batch, --epochs and --top start at 1.")
-    if args.width % args.heads or not 0 <= args.dropout < 1 or args.max_steps < 0:
-        fail("--width must be a multiple of --heads, --dropout in [0, 1), --max-steps 0 or more.")
-
-    rank, world = join()
+    if args.width % args.heads or not 0 <= args.dropout < 1 or args.max_steps < 0 or args.lr <= 0:
+        fail("--width must be a multiple of --heads, --dropout in [0, 1), --lr above 0.")
+    args.rank, args.world = join()
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     device = torch.device(args.device if args.device != "auto" else
                           torch.accelerator.current_accelerator(check_available=True) or "cpu")
     torch.manual_seed(args.seed)
     data = load(run / "data.pt", "01_data.py")
     N, U, T = len(data["item_ids"]) - 1, len(data["user_ids"]), args.length
-    counts, top, everyone = data["train_counts"], min(args.top, N), torch.arange(U)  # (N+1,), (U,)
-
-    def save_predictions(name, recommended, train_seconds, parameters):
-        """recommended: split -> items, scores. Peak memory: the process's so far, of all models."""
-        valid, began = recommended("valid")[0], time.time()  # (U, top)
-        test, scores = recommended("test")  # (U, top) both
-        seconds = {"train": train_seconds, "predict": time.time() - began}
-        save({"name": name, "seed": args.seed, "valid": valid, "test": test, "scores": scores,
-              "seconds": seconds, "parameters": parameters, "bytes": 4 * parameters,
-              "peak_memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-              "options": vars(args)}, run / f"predictions-{name}-s{args.seed}.pt")
-
-    popular = counts[1:].float().topk(top)  # (top,)
-    popular = (popular.indices + 1).int().repeat(U, 1), popular.values.repeat(U, 1)  # (U, top) both
-    if rank == 0 and args.name == "sasrec":
-        save_predictions("popularity", lambda split: popular, 0.0, N)
-
+    counts = data["train_counts"]  # (N+1,)
     content = [load(run / f"{m}_codes.pt", f"the script of {m}_codes.pt")["embeddings"]
                for m in args.content.split(",") if m]  # (N+1, d) each
     content = torch.cat(content, 1) if content else None  # (N+1, d)
     model = SASRec(N, T, args.width, args.heads, args.layers, args.dropout, content).to(device)
-    replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    torch.manual_seed(args.seed + rank)  # dropout and negatives differ by process
+    replica = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     log_q = (counts / counts.sum()).log().to(device) if N > SAMPLED_FROM else None  # (N+1,)
-    judges = torch.randperm(U, generator=rng)[:JUDGES][rank::world]  # (judges,): a process's share
+    judges = torch.randperm(U)[:JUDGES][args.rank::args.world]  # (judges,): a process's share
     truth = data["events"][data["offsets"][1:] - 2]  # (U,)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.name}: {parameters:,} parameters; a uniform guess has loss {math.log(N):.3f}")
-    losses, ndcg, best, step, began = [], [], None, 0, time.time()
-    for epoch in range(args.epochs):
+    checkpoint = run / f"{args.name}.checkpoint"
+    state = resume(checkpoint, args, model=model, optimizer=optimizer)
+    losses, ndcg, step = state["losses"], state["ndcg"], state["step"]
+    began = time.time() - state["seconds"]
+    for epoch in range(len(losses), args.epochs):
+        if epoch and epoch - 1 - ndcg.index(max(ndcg)) >= args.patience:
+            break
+        torch.manual_seed(1000 * args.seed + epoch)  # the same batches in all processes
+        start, length = windows("train", data["offsets"], T)  # (W,) both
+        batches = equal_length_batches(length, args.batch * args.world)
         model.train()
-        start, length = windows("train", data["offsets"], T, rng)  # (W,) both
-        batches = equal_length_batches(length, args.batch * world, rng)
-        todo = batches[:args.max_steps - step] if args.max_steps else batches
-        total, targets, epoch_began = 0.0, 0, time.time()
-        for batch in tqdm(todo, f"epoch {epoch}", leave=False, disable=rank > 0 or None):
-            window, mine = int(length[batch[0]]), batch[rank::world]  # (B,): a process's share
+        total, targets, todo = 0.0, 0, batches[:args.max_steps or None]
+        for batch in tqdm(todo, f"epoch {epoch}", leave=False, disable=args.rank > 0 or None):
+            window, mine = int(length[batch[0]]), batch[args.rank::args.world]  # (B,): its share
             n = window * len(batch)
             events = data["events"][start[mine, None] + torch.arange(window + 1)]  # (B, window+1)
             events = events.long().to(device)  # (B, window+1)
@@ -400,50 +396,52 @@ def main(argv=None):
                 vectors, target = model.vectors(), events[:, 1:].flatten()  # (N+1, E), (n,)
                 loss = binary_cross_entropy(hidden, vectors, target) if args.loss == "bce" else \
                     cross_entropy(hidden, vectors, target, log_q)
+            total, targets, step = total + loss.item(), targets + n, step + 1
+            if not math.isfinite(total):
+                fail(f"step {step}: the loss is no number, lower --lr; {checkpoint} is good")
             # Every target weighs the same, also in a batch that its length left small.
-            (loss * world / max(n, args.batch * world)).backward()
-            step += 1
+            (loss * args.world / max(n, args.batch * args.world)).backward()
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, step / WARM_UP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total, targets = total + loss.item(), targets + n
-        hours = (time.time() - epoch_began) / max(1, len(todo)) * len(batches) / 3600
         losses.append(add_up(torch.tensor(total, device=device)).item() / max(1, targets))
+        if args.max_steps:
+            hours = (time.time() - began) / 3600 * len(batches) / step
+            return print(f"{step} steps; an epoch has {len(batches):,}: {hours:.2f} hours")
         shown = recommend(model, data, "valid", judges, T, min(10, N), device)[0]  # (judges, 10)
-        hit = (shown == truth[judges].unsqueeze(1)).float()  # (judges, 10)
+        hit = shown == truth[judges].unsqueeze(1)  # (judges, 10)
         gain = hit / torch.log2(2.0 + torch.arange(hit.shape[1]))  # (judges, 10)
-        measured = add_up(torch.stack([hit.sum(), gain.sum()]).to(device)) / min(U, JUDGES)  # (2,)
-        ndcg.append(measured[1].item())
-        print(f"epoch {epoch:3d}  loss {losses[-1]:.3f}  validation Recall@10 "
-              f"{measured[0]:.4f}  NDCG@10 {ndcg[-1]:.4f}  {time.time() - began:.0f} s")
+        ndcg.append(add_up(gain.sum().to(device)).item() / min(U, JUDGES))
+        print(f"epoch {epoch:3d}  loss {losses[-1]:.3f}  validation NDCG@10 {ndcg[-1]:.4f}  "
+              f"{time.time() - began:.0f} s")
         if ndcg[-1] >= max(ndcg):
-            best = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
-        if step == args.max_steps > 0:
-            print(f"{step} steps; an epoch has {len(batches):,}, would take {hours:.2f} hours")
-            break
-        if epoch - ndcg.index(max(ndcg)) >= args.patience:
-            break
-    if rank > 0:
-        return  # one process writes the files
-    model.load_state_dict(best)
-    seconds = time.time() - began
-    recommended = lambda split: recommend(model, data, split, everyone, T, top, device)
-    if not 0 < args.max_steps <= step:  # a trial recommends nothing: to many users that takes long
-        save_predictions(args.name, recommended, seconds, parameters)
-    if args.name != "sasrec":
-        return
+            state["best"] = {name: w.cpu().clone() for name, w in model.state_dict().items()}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                  "seconds": time.time() - began, "options": vars(args)}
+        save(state, checkpoint)
+    model.load_state_dict(state["best"])
+    everyone, top, began = torch.arange(U), min(args.top, N), time.time()  # (U,)
+    test, scores = recommend(model, data, "test", everyone, T, top, device)  # (U, top) both
+    seconds = {"train": state["seconds"], "predict": time.time() - began}
+    valid, _ = recommend(model, data, "valid", everyone, T, top, device)  # (U, top)
+    save({"name": args.name, "seed": args.seed, "valid": valid, "test": test, "scores": scores,
+          "seconds": seconds, "parameters": parameters, "bytes": 4 * parameters,
+          "peak_memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+          "options": vars(args)}, run / f"predictions-{args.name}-s{args.seed}.pt")
 
     # Collaborative codes. Row 0, the padding, was never trained and never is an item.
-    items, known = best["items.weight"], counts > 0  # (N+1, E), (N+1,)
+    items, known = model.vectors().detach().cpu(), counts > 0  # (N+1, E), (N+1,)
     embeddings = (items - items[known].mean(0)) / items[known].std()  # (N+1, E)
     embeddings[~known], items[0] = 0, 0
     codebooks = residual_kmeans(embeddings[known], codebook_size(N), rng)  # (3, K, E)
-    codes, stats = finish_codes(embeddings, known, codebooks, counts, rng)  # (N+1, L)
-    save({"weights": best, "item_embeddings": items, "losses": torch.tensor(losses),
-          "ndcg": torch.tensor(ndcg), "seconds": seconds, "options": vars(args)}, run / "sasrec.pt")
+    codes, moved = finish_codes(embeddings, known, codebooks, counts, rng)  # (N+1, L)
+    save({"weights": state["best"], "item_embeddings": items, "losses": torch.tensor(losses),
+          "ndcg": torch.tensor(ndcg), "seconds": state["seconds"], "options": vars(args)},
+         run / f"{args.name}.pt")
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
-          "stats": stats}, run / "collab_codes.pt")
+          "moved": moved}, run / f"{args.name.replace('sasrec', 'collab')}_codes.pt")
+    checkpoint.unlink(missing_ok=True)
 
 if __name__ == "__main__":
     main()

@@ -7,29 +7,24 @@ L = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2.
 
     python 03_dino_quantizer.py                    # after 01_data.py
     python 03_dino_quantizer.py --plain            # control: DINO, then residual k-means
-    python 03_dino_quantizer.py --run runs/shop --init dino_vits16.pth --crop-size 224
-    torchrun --nproc_per_node=2 -- 03_dino_quantizer.py --run runs/shop  # --batch: of each process
 
 reads   data.pt, images.pt
 writes  dino.pt
-          student           dict                    weights: backbone.* (public names), head.*
-          teacher           dict                    their running average; --init reads this file
-          center            float32 (O)             running mean of the teacher's outputs
+          teacher           dict                    backbone.* (public names: for --init), head.*
           losses            float32 (epochs)        L_DINO, nats
           teacher_entropy   float32 (epochs)        nats; near 0 or log O: collapse
           seconds           float                   of training
-          peak_memory       int                     bytes, the process's largest resident set
           options           dict                    the options of this run
         image_codes.pt
           codes             int16 (N+1, L)          row 0 = -1; level 4 separates collisions
           codebooks         float32 (3, K, d)       d: width of the ViT
           embeddings        float32 (N+1, d)        standardised; zero where there is no picture
           known             bool (N+1)              the item has a picture
-          stats             dict                    use, perplexity, uniqueness, moved items
+          moved             int                     items that redistribution moved
 
 On the toy shop: 32 seconds, 0.6 GiB (2 cores of an AMD EPYC).
 """
-import argparse, atexit, copy, math, os, pathlib, resource, sys, time
+import argparse, atexit, copy, hashlib, math, os, pathlib, signal, sys, time, zipfile
 
 import torch
 import torch.distributed as dist
@@ -40,35 +35,79 @@ from tqdm import tqdm
 STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9  # tau_s; of the running mean of the teacher's outputs
 LR, CLIP, BETA = 1e-3, 3.0, 0.25  # of AdamW; largest norm of the gradient; weight of commitment
 DECAY, DEAD = 0.95, 0.05    # centroids average ~20 steps; restart below DEAD members
-SCALES = (0.4, 1.0), (0.1, 0.4)  # share of the picture's area in a global and in a local crop
+SCALES, JITTER = ((0.4, 1.0), (0.1, 0.4)), 0.4  # area of global, local crops; change of light
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: public weights expect them
-JITTER = 0.4                # largest change of light, contrast, saturation
 
-# --- Files ---------------------------------------------------------------------------------------
+MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
+
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
     sys.exit(2)
 
 def load(path, maker, mmap=False):
-    """Reads one artifact of the run; `maker` is the script that writes it."""
-    if not path.exists():
-        fail(f"{path} is missing: run {maker} with the same --run first.")
+    """Reads what `maker` wrote. Refuses a damaged file, and one made from others than read now."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
+        artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        for name, digest in artifact.get("made_from", {}).items():
+            if MADE_FROM.get(name, digest) != digest:
+                fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
+        MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+        return artifact
     except Exception as error:
-        fail(f"{path} cannot be read ({type(error).__name__}): delete it, run {maker} again.")
+        fail(f"{path} is missing or damaged ({type(error).__name__}): run {maker} with this --run.")
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(artifact, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(artifact | {"made_from": MADE_FROM}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+        partial.unlink(missing_ok=True)
+        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
-# --- Residual codes ------------------------------------------------------------------------------
+def resume(path, args, **parts):
+    """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
+    new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
+    signal.signal(signal.SIGINT, lambda *_: fail("stopped: the same command goes on from here"))
+    if args.fresh or args.max_steps or not path.exists():
+        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
+    state, now = load(path, "this script with --fresh"), vars(args)
+    del MADE_FROM[path.name]  # results are not made from it
+    for name in state["options"].keys() - {"run", "device", "rank", "fresh"}:
+        if state["options"][name] != now[name]:
+            fail(f"{path} was begun with --{name} {state['options'][name]}, now it is {now[name]}: "
+                 "go on with the same, or start over with --fresh.")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
+def join():
+    """Under torchrun, meets the other processes -> rank, the number of this one, world, of all."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+    atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # only one prints
+    return dist.get_rank(), dist.get_world_size()
+
+def add_up(x):  # the sum over all processes, in place: each has seen its share
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+# --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
 def codebook_size(N):
     """K, our rule: the power of two nearest to sqrt(N), from 8 to 256, the paper's."""
     return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
@@ -122,12 +161,10 @@ def number_in_group(group, order):
 
 def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
-
     An item without this modality gets a random place in the tree: it may still be a target.
     Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
     it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
-    embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
-    -> codes int16 (N+1, 4), row 0 = -1, and statistics of the known items' codes."""
+    embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
     K = codebooks.shape[1]
     codes = quantise(embeddings, codebooks)  # (N+1, 3)
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
@@ -150,38 +187,11 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
-    use = [torch.bincount(codes[known, l], minlength=K).float() for l in range(4)]
-    entropy = [torch.special.entr(n / n.sum().clamp(min=1)).sum().item() for n in use]
-    shared = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
-    stats = {"used": [(n > 0).float().mean().item() for n in use],
-             "perplexity": [math.exp(h) for h in entropy], "moved": moved.sum().item(),
-             "unique": [(n == 1).sum().item() / max(1, n.sum().item()) for n in shared],
-             "largest": [max(n.tolist(), default=0) for n in shared]}
-    print(f"codes: {min(stats['used'][:3]):.0%} or more of {K} in use, {stats['unique'][2]:.0%} of "
-          f"the items alone after level 3, at most {stats['largest'][2]} together")
-    return codes.to(torch.int16), stats
+    _, together = prefix[known].unique(return_counts=True)  # (prefixes,)
+    alone = (together == 1).sum() / max(1, len(prefix[known]))  # ()
+    print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
+    return codes.to(torch.int16), moved.sum().item()
 
-# --- Several processes: torchrun --nproc_per_node=2 ----------------------------------------------
-def join():
-    """Under torchrun, meets the other processes (gloo between CPUs, nccl between GPUs). -> rank,
-    the number of this one, and world, how many there are. Only rank 0 prints and writes files."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    dist.init_process_group()
-    atexit.register(dist.destroy_process_group)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), dist.get_world_size()
-
-def add_up(x):
-    """The sum of a tensor over all processes, in place: each has seen its share."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-# --- Views of a picture --------------------------------------------------------------------------
 def crops(x, size, scale, luck):
     """Views that show `scale` (from, to) of a picture's area, mirrored or not, in other light and
     colours. x: (n, 3, S, S) in 0..1, luck: (n, 8) in -1..1 -> (n, 3, size, size)"""
@@ -206,12 +216,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(E, eps=1e-6), nn.LayerNorm(E, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(E, 3 * E), "proj": nn.Linear(E, E)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(E, 4 * E), "fc2": nn.Linear(4 * E, E)})
-
-    def forward(self, x, out=None):
-        """x: (n, T, E) -> (n, out or T, E): what the block makes of the first `out` tokens"""
+    def forward(self, x, out=None):  # (n, T, E) -> (n, out or T, E), of the first `out` tokens
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (n, T, 3, H, E/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n, H, T, E/H) each
-        # On CPUs the fused attention of PyTorch 2.13 takes five times as long as this in bfloat16.
         scores = q[:, :, :out] @ k.transpose(2, 3) / math.sqrt(k.shape[3])  # (n, H, out, T)
         y = scores.softmax(3) @ v  # (n, H, out, E/H)
         x = x[:, :out] + self.attn["proj"](y.transpose(1, 2).flatten(2))  # (n, out, E)
@@ -226,7 +233,6 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, E, patch, patch)})
         self.blocks = nn.ModuleList(Block(E) for _ in range(depth))
         self.norm = nn.LayerNorm(E, eps=1e-6)
-
     def forward(self, x):
         mean, std = torch.tensor((MEAN, STD), device=x.device).view(2, 3, 1, 1)  # (3, 1, 1) each
         x = self.patch_embed["proj"]((x - mean) / std)  # (n, E, s, s)
@@ -251,26 +257,23 @@ class Head(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(E, 4 * E), nn.GELU(), nn.Linear(4 * E, 4 * E),
                                  nn.GELU(), nn.Linear(4 * E, E))
         self.last_layer = nn.Linear(E, O, bias=False)
-
     def forward(self, z):
         prototypes = F.normalize(self.last_layer.weight, dim=1)  # (O, E)
         return F.normalize(self.mlp(z), dim=1) @ prototypes.T  # (n, O)
 
-class ResidualQuantiser:
+class ResidualQuantiser(nn.Module):
     """z_q = sum_l C_l[c_l]. Codebooks are no parameters: they follow the means of their members."""
     def __init__(self, codebooks):
-        self.codebooks, self.sums = codebooks, codebooks.clone()  # (3, K, E) each
-        self.members = codebooks.new_ones(codebooks.shape[:2])  # (3, K)
-
-    def __call__(self, z):
-        """z: (n, E) -> z_q (n, E), commitment (), a sum over n"""
-        codes, z_q, commitment = quantise(z.detach(), self.codebooks), torch.zeros_like(z), 0
-        for level, codebook in enumerate(self.codebooks):
-            z_q = z_q + codebook[codes[:, level]]  # (n, E)
-            # What levels 1..l leave of z; a mean over d, not a sum: one beta for all widths.
-            commitment = commitment + (z - z_q).square().mean(1).sum()
-        return z + (z_q - z).detach(), commitment  # argmin has no gradient: straight through
-
+        super().__init__()
+        self.register_buffer("codebooks", codebooks)  # (3, K, E)
+        self.register_buffer("sums", codebooks.clone())  # (3, K, E)
+        self.register_buffer("members", codebooks.new_ones(codebooks.shape[:2]))  # (3, K)
+    def forward(self, z):  # (n, E) -> z_q (n, E), commitment (), a sum over n
+        codes = quantise(z.detach(), self.codebooks).T  # (3, n)
+        z_q = torch.stack([C[c] for C, c in zip(self.codebooks, codes)]).cumsum(0)  # (3, n, E)
+        # What levels 1..l leave of z; a mean over d, not a sum: one beta for all widths.
+        commitment = (z - z_q).square().mean(2).sum()  # ()
+        return z + (z_q[2] - z).detach(), commitment  # argmin has no gradient: straight through
     def update(self, residual, rng, decay=DECAY):
         """Centroids follow the mean of their members, dead ones jump to a residual. (n, E)"""
         for members, sums, codebook in zip(self.members, self.sums, self.codebooks):
@@ -284,17 +287,14 @@ class ResidualQuantiser:
             codebook.copy_(sums / members.unsqueeze(1))
 
 class Model(nn.ModuleDict):
-    """Student or teacher: backbone (it alone may be bfloat16), quantiser if there is one, head."""
-    def forward(self, views, quantiser=None, bf16=False):
-        """views: (n, 3, S, S) of any S -> of all: logits (n, O), z (n, E), commitment ()"""
+    """Student or teacher: backbone (it alone may be bfloat16), the student's quantiser, head."""
+    def forward(self, views, bf16=False):  # (n, 3, S, S) each -> of all: (n, O), z (n, E), ()
         with torch.autocast(views[0].device.type, torch.bfloat16, enabled=bf16):
             z = torch.cat([self["backbone"](view) for view in views]).float()  # (n, E)
-        # A second term with z itself, past the quantiser, measured no better: left out.
-        z_q, commitment = quantiser(z) if quantiser else (z, 0.0)  # (n, E), ()
+        z_q, commitment = self["quantiser"](z) if "quantiser" in self else (z, 0.0)  # (n, E), ()
         return self["head"](z_q), z.detach(), commitment
 
-def load_backbone(path, size):
-    """The ViT in a file of the public release or in our dino.pt, for pictures of size x size."""
+def load_backbone(path, size):  # the ViT in a file of the public release or in our dino.pt
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         state = {name.removeprefix("module.").removeprefix("backbone."): w for name, w in
@@ -307,17 +307,14 @@ def load_backbone(path, size):
         fail(f"--init {path}: no ViT in it ({type(error).__name__}), give a backbone or a dino.pt.")
 
 @torch.no_grad()
-def embed(vit, images, items, size):
-    """[CLS] of the un-augmented pictures. -> (n, E)"""
+def embed(vit, images, items, size):  # [CLS] of whole pictures, as they are; (n, E)
     scale = lambda x: F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     return torch.cat([vit(scale(images[part].to(vit.cls_token.device) / 255))  # (256, E)
                       for part in items.split(256)])
 
-# --- Loss and schedules --------------------------------------------------------------------------
 def dino_loss(p_t, logits):
-    """Cross-entropy of the teacher's crop t and the student's v, mean of the pairs t != v, sum of
-    the B pictures. The student's crops 0 and 1 are the teacher's two.
-    p_t: (2, B, O), logits: (V, B, O) -> ()"""
+    """Cross-entropy of the teacher's crop t and the student's v, mean of all pairs but t = v, sum
+    over B pictures. p_t: (2, B, O), logits: (V, B, O) -> ()"""
     log_p_s = (logits / STUDENT_TEMP).log_softmax(2)  # (V, B, O)
     pairs = -torch.einsum("tbo,vbo->tv", p_t, log_p_s)  # (2, V)
     return (pairs.sum() - pairs.diagonal().sum()) / (pairs.numel() - 2)
@@ -333,30 +330,29 @@ def main(argv=None):
     add("--init", help="file of ViT weights to start from; sets width, depth, patch")
     add("--epochs", type=int, default=8, help="passes over the pictures")
     add("--batch", type=int, default=32, help="pictures a step")
-    add("--max-steps", type=int, default=0, help="a trial: stop after some; 0: no limit")
+    add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
+    add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
     add("--width", type=int, default=96, help="E: width of the ViT")
     add("--depth", type=int, default=4, help="blocks of the ViT")
-    add("--patch", type=int, default=0, help="pixels along a patch; 0: an eighth of a crop's")
     add("--crop-size", type=int, default=0, help="pixels along a global crop; 0: as stored")
     add("--local-crops", type=int, default=2, help="crops of half that size, for the student only")
     add("--out-dim", type=int, default=1024, help="O: prototypes of the head")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=1, width=24, depth=1, out_dim=64)
     args = parser.parse_args(argv)
-    torch.manual_seed(args.seed)
-    run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
-    rank, world = join()
+    run, rng = pathlib.Path(args.run), torch.manual_seed(args.seed)
+    args.rank, args.world = rank, world = join()
     device = torch.device(args.device if args.device != "auto" else
                           torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    data = load(run / "data.pt", "01_data.py")
     images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
+    data = load(run / "data.pt", "01_data.py")
     known = data["has_image"]  # (N+1,)
     items, K = known.nonzero()[:, 0], codebook_size(len(known) - 1)  # (n,)
     size, width = args.crop_size or images.shape[-1], args.width
-    patch = args.patch or max(1, size // 8)  # so 64 patches, at the same cost for any picture size
-    sizes = (args.epochs, args.batch, args.depth, patch, args.out_dim, width, args.local_crops + 1)
-    if min(*sizes, args.max_steps + 1) < 1 or size % patch or width % max(3, width // 64):
+    patch = max(1, size // 8)  # so 64 patches, at the same cost for any picture size
+    if min(size, width, args.epochs, args.batch, args.depth, args.out_dim, args.local_crops + 1,
+           args.max_steps + 1) < 1 or size % patch or width % max(3, width // 64):
         fail(f"Sizes start at 1; patches of {patch} must tile crops of {size}, heads {width}.")
     vit = load_backbone(args.init, size) if args.init else \
         VisionTransformer(size, patch, width, args.depth)
@@ -364,45 +360,48 @@ def main(argv=None):
     bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
     student = Model({"backbone": vit, "head": Head(width, args.out_dim)}).to(device)
     teacher, quantiser = copy.deepcopy(student).requires_grad_(False), None
+    if len(items) and not args.plain:  # the quantiser starts as k-means of what the ViT says now
+        first = items[torch.randperm(len(items), generator=rng)[:16 * K]]  # (16K,)
+        codebooks = residual_kmeans(embed(vit, images, first, size).cpu(), K, rng)  # (3, K, d)
+        quantiser = student["quantiser"] = ResidualQuantiser(codebooks).to(device)
     forward = nn.parallel.DistributedDataParallel(student) if world > 1 else student
-    center = torch.zeros(args.out_dim, device=device)  # (O,)
     weights = list(student.parameters())  # weight decay .04 -> .4 on matrices, none on vectors
-    optimizer = torch.optim.AdamW([{"params": [w for w in weights if (w.ndim > 1) == matrix]}
-                                   for matrix in (True, False)], fused=True)
+    optimizer = torch.optim.AdamW([{"params": [w for w in weights if w.ndim > 1]},
+                                   {"params": [w for w in weights if w.ndim < 2]}], fused=True)
     V, local = 2 + args.local_crops, max(1, size // 2 // patch) * patch  # views; whole patches
-    epoch_steps = math.ceil(len(items) / (args.batch * world))
-    stop = min(args.max_steps or sys.maxsize, steps := args.epochs * epoch_steps)
+    steps = args.epochs * (epoch_steps := math.ceil(len(items) / (args.batch * world)))
     momentum = 1 - 1 / min(250, max(2, steps / 25))  # .996 as published, less in a short run
-    print(f"{len(items)} of {len(known) - 1} items have a picture; K = {K}; {steps} steps; crops "
-          f"of {size} and {local} px; a uniform guess has loss {math.log(args.out_dim):.2f}")
-    curves, started = torch.zeros(math.ceil(stop / max(1, epoch_steps)), 2), time.time()
-    for epoch, sums in enumerate(curves):  # (2,)
+    print(f"{len(items)} pictures, K = {K}; a uniform guess has loss {math.log(args.out_dim):.2f}")
+    checkpoint = run / "dino.checkpoint"
+    state = resume(checkpoint, args, student=student, teacher=teacher, optimizer=optimizer)
+    curves, started = state["losses"], time.time() - state["seconds"]
+    center = state.get("center", torch.zeros(args.out_dim)).to(device)  # (O,)
+    for epoch in range(len(curves), args.epochs if len(items) else 0):
+        rng.manual_seed(1000 * args.seed + epoch)
+        sums = torch.zeros(2)  # L_DINO, entropy of p_t
         order = items[torch.randperm(len(items), generator=rng)]  # (n,)
-        batches = order.split(args.batch * world)[:stop - epoch * epoch_steps]  # (B,) each
-        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
-        for step, batch in enumerate(bar, epoch * epoch_steps):
+        bar = tqdm(order.split(args.batch * world), f"epoch {epoch + 1}", leave=False, disable=None)
+        for step, batch in enumerate(bar, epoch * epoch_steps):  # batch: (B,)
             done, wave = step / steps, (1 + math.cos(math.pi * step / steps)) / 2  # 0 to 1, 1 to 0
             for group, decay in zip(optimizer.param_groups, (0.4 - 0.36 * wave, 0)):
                 group["lr"], group["weight_decay"] = LR * min(wave, 10 * done + 0.01), decay
             tau_t = min(0.07, 0.04 + 0.1 * done)  # temperature of the teacher
-            # Every process draws for the whole batch of B and takes its share, b = B / world.
             x, B = images[batch[rank::world]].to(device) / 255, len(batch)  # (b, 3, S, S)
             luck = 2 * torch.rand(V, B, 8, generator=rng)[:, rank::world].to(device) - 1  # V, b, 8
             views = [crops(x.repeat(len(part), 1, 1, 1), side, scale, part.flatten(0, 1))
                      for part, side, scale in zip(luck.split([2, V - 2]), (size, local), SCALES)]
             with torch.no_grad():
-                out = teacher(views[:1], bf16=bf16)[0]  # (2b, O)
+                out = teacher(views[:1], bf16)[0]  # (2b, O)
                 p_t = ((out - center) / tau_t).softmax(1).unflatten(0, (2, len(x)))  # (2, b, O)
                 center.lerp_(add_up(out.sum(0)) / (2 * B), 1 - CENTER_MOMENTUM)
-            if quantiser is None and not args.plain:
-                first = embed(vit, images, order[:16 * K], size).cpu()  # (16K, d)
-                quantiser = ResidualQuantiser(residual_kmeans(first, K, rng).to(device))
-            logits, z, commitment = forward(views, quantiser, bf16)  # (V*b, O), (V*b, d), ()
+            logits, z, commitment = forward(views, bf16)  # (V*b, O), (V*b, d), ()
             if quantiser:
                 everyone = torch.zeros(V, B, width, device=device)  # (V, B, d)
                 everyone[:, rank::world] = z.unflatten(0, (V, len(x)))
                 quantiser.update(add_up(everyone).flatten(0, 1), rng)
             loss = dino_loss(p_t, logits.unflatten(0, (V, len(x)))) / B  # our part of L_DINO
+            if not loss.isfinite():
+                fail(f"step {step}: the loss is no number; {checkpoint} is good")
             optimizer.zero_grad()
             # Gradients are averaged over processes, but the loss is a sum of parts: times world.
             (world * (loss + BETA * commitment / (V * B))).backward()
@@ -413,14 +412,17 @@ def main(argv=None):
             for average, weight in zip(teacher.parameters(), weights):
                 average.lerp_(weight.detach(), (1 - momentum) * wave)
             entropy = torch.special.entr(p_t).sum() / (2 * B)  # ()
-            sums += add_up(torch.stack([loss.detach(), entropy])).cpu() / len(batches)
+            sums += add_up(torch.stack([loss.detach(), entropy])).cpu() / epoch_steps
+            if args.max_steps and step + 1 == min(args.max_steps, epoch_steps):
+                hours = (time.time() - started) / 3600 * epoch_steps / (step + 1)
+                return print(f"{step + 1} steps; an epoch has {epoch_steps:,}: {hours:.2f} hours")
         print(f"epoch {epoch + 1}: loss {sums[0]:.2f} = entropy of p_t {sums[1]:.2f} + KL")
-    seconds, peak = time.time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if stop < steps:
-        hours = epoch_steps * seconds / stop / 3600
-        print(f"{stop} steps; an epoch has {epoch_steps:,}, would take {hours:.2f} hours")
-    if rank:
-        return  # rank 0 needs the others no more
+        curves.append(sums)
+        save({"student": student.state_dict(), "teacher": teacher.state_dict(), "losses": curves,
+              "optimizer": optimizer.state_dict(), "center": center,
+              "seconds": time.time() - started, "options": vars(args)}, checkpoint)
+    rng.manual_seed(args.seed)
+    curves = torch.stack([torch.zeros(2), *curves])[1:]  # (epochs, 2)
     embeddings = torch.zeros(len(known), width if len(items) else 1)  # (N+1, d)
     codebooks = torch.zeros(3, K, embeddings.shape[1])  # (3, K, d)
     if len(items):
@@ -435,14 +437,13 @@ def main(argv=None):
         embeddings[items] = (z - mean) / scale  # (n, d)
         codebooks[0] -= mean
         codebooks /= scale
-    codes, stats = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, 4)
-    save({"student": student.cpu().state_dict(), "teacher": teacher.cpu().state_dict(),
-          "center": center.cpu(), "losses": curves[:, 0], "teacher_entropy": curves[:, 1],
-          "seconds": seconds, "peak_memory": peak, "options": vars(args)}, run / "dino.pt")
+    codes, moved = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, 4)
+    save({"teacher": teacher.cpu().state_dict(), "losses": curves[:, 0],
+          "teacher_entropy": curves[:, 1], "seconds": time.time() - started, "options": vars(args)},
+         run / "dino.pt")
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
-          "stats": stats}, run / "image_codes.pt")
-    shelf = items[codes[items, 0] == codes[items[:1], 0]][:8].tolist()
-    print("items of one first code: " + " | ".join(data["titles"][i] for i in shelf))
+          "moved": moved}, run / "image_codes.pt")
+    checkpoint.unlink(missing_ok=True)
 
 if __name__ == "__main__":
     main()

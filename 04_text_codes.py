@@ -15,12 +15,12 @@ writes  text_codes.pt
           codebooks    float32 (3, K, d)
           embeddings   float32 (N+1, d)   standardised; zero where there is no text
           known        bool (N+1)         the item has a text, or a vector in --embeddings
-          stats        dict               use, perplexity, uniqueness, moved items
+          moved        int                items that redistribution moved
           options      dict               the options of this run
 
 On the toy shop: 1 second, 0.3 GiB (2 cores of an AMD EPYC).
 """
-import argparse, functools, math, os, pathlib, re, sys, time, zlib
+import argparse, functools, hashlib, math, os, pathlib, re, sys, time, zipfile, zlib
 from collections import Counter
 
 import numpy as np
@@ -35,29 +35,40 @@ SAMPLE = 20_000    # texts whose features and principal directions stand for all
 WHITENED = 128     # principal directions kept of a language model's vectors, at the most
 RETRIES = 50       # failed requests that one run forgives an endpoint, at most four in a row
 
-# --- Files ---------------------------------------------------------------------------------------
+MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
+
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
     sys.exit(2)
 
 def load(path, maker, mmap=False):
-    """Reads one artifact of the run; `maker` is the script that writes it."""
-    if not path.exists():
-        fail(f"{path} is missing: run {maker} with the same --run first.")
+    """Reads what `maker` wrote. Refuses a damaged file, and one made from others than read now."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
+        artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        for name, digest in artifact.get("made_from", {}).items():
+            if MADE_FROM.get(name, digest) != digest:
+                fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
+        MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+        return artifact
     except Exception as error:
-        fail(f"{path} cannot be read ({type(error).__name__}): delete it, run {maker} again.")
+        fail(f"{path} is missing or damaged ({type(error).__name__}): run {maker} with this --run.")
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(artifact, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(artifact | {"made_from": MADE_FROM}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+        partial.unlink(missing_ok=True)
+        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
 # --- Three doors to an embedding -----------------------------------------------------------------
 @functools.lru_cache(maxsize=100_000)
@@ -209,12 +220,10 @@ def number_in_group(group, order):
 
 def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
-
     An item without this modality gets a random place in the tree: it may still be a target.
     Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
     it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
-    embeddings: (N+1, d), known: bool (N+1,), codebooks: (3, K, d)
-    -> codes int16 (N+1, 4), row 0 = -1, and statistics of the known items' codes."""
+    embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
     K = codebooks.shape[1]
     codes = quantise(embeddings, codebooks)  # (N+1, 3)
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
@@ -237,16 +246,10 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
-    use = [torch.bincount(codes[known, l], minlength=K).float() for l in range(4)]
-    entropy = [torch.special.entr(n / n.sum().clamp(min=1)).sum().item() for n in use]
-    shared = [codes[known, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
-    stats = {"used": [(n > 0).float().mean().item() for n in use],
-             "perplexity": [math.exp(h) for h in entropy], "moved": moved.sum().item(),
-             "unique": [(n == 1).sum().item() / max(1, n.sum().item()) for n in shared],
-             "largest": [max(n.tolist(), default=0) for n in shared]}
-    print(f"codes: {min(stats['used'][:3]):.0%} or more of {K} in use, {stats['unique'][2]:.0%} of "
-          f"the items alone after level 3, at most {stats['largest'][2]} together")
-    return codes.to(torch.int16), stats
+    _, together = prefix[known].unique(return_counts=True)  # (prefixes,)
+    alone = (together == 1).sum() / max(1, len(prefix[known]))  # ()
+    print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
+    return codes.to(torch.int16), moved.sum().item()
 
 # -------------------------------------------------------------------------------------------------
 def main(argv=None):
@@ -295,9 +298,9 @@ def main(argv=None):
     embeddings = torch.zeros(N + 1, x.shape[1])  # (N+1, d)
     embeddings[items] = x / x.square().mean().sqrt().clamp(min=1e-6)  # one scale: codes stay
     codebooks = residual_kmeans(embeddings[items], K, rng) if len(items) else torch.zeros(3, K, 1)
-    codes, stats = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, L)
+    codes, moved = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, L)
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
-          "stats": stats, "options": vars(args)}, run / "text_codes.pt")
+          "moved": moved, "options": vars(args)}, run / "text_codes.pt")
     same = items[codes[items, 0] == codes[items[:1], 0]][:6]  # (at most 6,)
     print("items of one first code: " + " | ".join(data["titles"][i] for i in same))
 

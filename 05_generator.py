@@ -3,8 +3,7 @@
 An item of the history is M = D * L tokens: its image, text and collaborative codes. The encoder
 reads them, the decoder writes the L codes of one modality of the next item. The training softmax
 runs only over codes that continue a real item (constrained sequence learning; MSCGRec, arXiv
-2602.03713); beam search walks the same prefix tree: each of its beams is a real item. Left out:
-T5's output tied to the embeddings, its dropout on attention.
+2602.03713); beam search walks the same tree. Left out: T5's tied output, dropout on attention.
 
     python 05_generator.py                                               # MSCGRec
     python 05_generator.py --name tiger --modalities text --target text  # TIGER-like: text alone
@@ -21,7 +20,7 @@ writes  generator-mscgrec.pt
 
 On the toy shop: 1.5 minutes, 0.5 GiB (2 cores of an AMD EPYC).
 """
-import argparse, atexit, math, os, pathlib, resource, sys, time
+import argparse, atexit, hashlib, math, os, pathlib, resource, signal, sys, time, zipfile
 
 import torch
 import torch.distributed as dist
@@ -30,66 +29,88 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 TOKEN_SCALE = 0.3  # standard deviation of token embeddings at the start
-WARM_UP = 0.04     # share of training in which the learning rate rises; a cosine takes it to 0
-WEIGHT_DECAY, JUDGES = 0.01, 2000  # of AdamW; users whose validation events say when to stop
-BUCKETS, FARTHEST = 32, 128  # T5's buckets of distance between items, the last one for FARTHEST on
+WARM_UP, WEIGHT_DECAY = 0.04, 0.01  # share of training in which --lr rises; then a cosine to 0
+JUDGES, FARTHEST = 2000, 31  # users that validate an epoch; distances from FARTHEST on are one
 
-# --- Files ---------------------------------------------------------------------------------------
+MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
+
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
     sys.exit(2)
 
 def load(path, maker, mmap=False):
-    """Reads one artifact of the run; `maker` is the script that writes it."""
-    if not path.exists():
-        fail(f"{path} is missing: run {maker} with the same --run first.")
+    """Reads what `maker` wrote. Refuses a damaged file, and one made from others than read now."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
+        artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        for name, digest in artifact.get("made_from", {}).items():
+            if MADE_FROM.get(name, digest) != digest:
+                fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
+        MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+        return artifact
     except Exception as error:
-        fail(f"{path} cannot be read ({type(error).__name__}): delete it, run {maker} again.")
+        fail(f"{path} is missing or damaged ({type(error).__name__}): run {maker} with this --run.")
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(artifact, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(artifact | {"made_from": MADE_FROM}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+        partial.unlink(missing_ok=True)
+        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
-# --- Several processes: torchrun --nproc_per_node=2 ----------------------------------------------
+def resume(path, args, **parts):
+    """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
+    new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
+    signal.signal(signal.SIGINT, lambda *_: fail("stopped: the same command goes on from here"))
+    if args.fresh or args.max_steps or not path.exists():
+        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
+    state, now = load(path, "this script with --fresh"), vars(args)
+    del MADE_FROM[path.name]  # results are not made from it
+    for name in state["options"].keys() - {"run", "device", "rank", "fresh"}:
+        if state["options"][name] != now[name]:
+            fail(f"{path} was begun with --{name} {state['options'][name]}, now it is {now[name]}: "
+                 "go on with the same, or start over with --fresh.")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
 def join():
-    """Under torchrun, meets the other processes (gloo between CPUs, nccl between GPUs). -> rank,
-    the number of this one, and world, how many there are. Only rank 0 prints and writes files."""
+    """Under torchrun, meets the other processes -> rank, the number of this one, world, of all."""
     if not dist.is_torchelastic_launched():
         return 0, 1
     dist.init_process_group()
     atexit.register(dist.destroy_process_group)
+    atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # only one prints
     return dist.get_rank(), dist.get_world_size()
 
-def add_up(x):
-    """The sum of a tensor over all processes, in place: each has seen its share."""
+def add_up(x):  # the sum over all processes, in place: each has seen its share
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
-# --- Data: sequences cut from the flat array of events -------------------------------------------
-def windows(split, offsets, T, rng=None):
-    """What a model sees: slices events[start:start+length], at most T long. Validation and test:
-    what precedes a user's held-out event. Training: inputs, whose targets are one event later, so
-    that every event but a user's first is a target once; cuts of longer histories move by a
-    random phase. offsets (U+1,) -> start, length (W,)"""
+def windows(split, offsets, T):
+    """What a model sees: slices events[start:start+length], at most T long; start, length: (W,).
+    Training: inputs whose targets are one event later, each event but a user's first once; a random
+    phase moves the cuts of long histories. Else: what precedes a user's held-out event."""
     if split != "train":
         target = offsets[1:] - (1 if split == "test" else 2)  # (U,)
         start = torch.maximum(offsets[:-1], target - T)  # (U,)
         return start, target - start
     U, targets = len(offsets) - 1, (offsets.diff() - 3).clamp(min=0)  # (U,); two are held out
-    phase = torch.randint(T, (U,), generator=rng) * (targets > T)  # (U,)
+    phase = torch.randint(T, (U,)) * (targets > T)  # (U,)
     count = (targets + phase + T - 1) // T  # (U,)
     user = torch.arange(U).repeat_interleave(count)  # (W,)
     number = torch.arange(len(user)) - (count.cumsum(0) - count)[user]  # (W,)
@@ -97,16 +118,14 @@ def windows(split, offsets, T, rng=None):
     end = torch.minimum((number + 1) * T - phase[user], targets[user])  # (W,)
     return offsets[user] + begin, end - begin
 
-def equal_length_batches(lengths, tokens, rng=None):
-    """Batches of sequences of one length, about `tokens` items in each, in random order: nothing
-    is padded, nothing masked. lengths (W,) -> list of index tensors"""
-    order, batches = torch.randperm(len(lengths), generator=rng), []  # (W,)
+def equal_length_batches(lengths, tokens):
+    """Batches of one length each, of about `tokens` items: no padding. (W,) -> list of indices"""
+    order, batches = torch.randperm(len(lengths)), []  # (W,)
     order = order[lengths[order].argsort(stable=True)]  # (W,)
     for group in order.split(lengths.bincount()[lengths.unique()].tolist()):
         batches += group.split(max(1, tokens // int(lengths[group[0]])))
-    return [batches[i] for i in torch.randperm(len(batches), generator=rng)]
+    return [batches[i] for i in torch.randperm(len(batches))]
 
-# --- The prefix tree of all item codes -----------------------------------------------------------
 class Trie:
     """Which codes continue a prefix so that a real item can come of it. From codes (N+1, L), once:
     keys[l]     int64 (nodes_l,)        the prefixes of l codes, each packed into a number, sorted
@@ -131,7 +150,7 @@ class Trie:
         self.path = F.pad(torch.stack(path[:-1], 1), (0, 0, 1, 0))  # (N+1, L)
         self.leaf_item = node.argsort() + 1  # (N,)
         bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1  # (256, 8)
-        self.unpacked = bits.float().log().to(key.device)  # (256, 8): 0 or -inf for every bit
+        self.unpacked = bits.log().to(key.device)  # (256, 8): 0 or -inf for every bit of a byte
     def barred(self, l, node):  # 0 for A(c_<l), -inf for all other codes. (...) -> (..., K)
         return F.embedding(self.allowed[l][node].int(), self.unpacked).flatten(-2)
     def descend(self, l, node, code):  # where a code leads: a node of level l+1. (...) -> (...)
@@ -142,31 +161,24 @@ def code_losses(logits, codes, items, trie, constrained=True):
     """loss_l = -[z_l(c_l) - log sum_{k in A(c_<l)} exp z_l(k)], summed over n targets -> (L,)
     The softmax may be cut to the children: what continues no real item can never be right, and
     the tree knows it already. logits: (n, L, K), codes: (n, L), items: (n,)"""
-    losses = []
-    for l, z in enumerate(logits.float().unbind(1)):  # z: (n, K)
-        if constrained:
-            z = z + trie.barred(l, trie.path[items, l])  # (n, K)
-        losses.append(F.cross_entropy(z, codes[:, l], reduction="sum"))
-    return torch.stack(losses)  # (L,)
+    barred = [trie.barred(l, trie.path[items, l]) if constrained else 0 for l in range(trie.L)]
+    return torch.stack([F.cross_entropy(z + barred[l], codes[:, l], reduction="sum")
+                        for l, z in enumerate(logits.float().unbind(1))])  # (L,); z: (n, K)
 
 # --- The model: T5 (RMSNorm first, no biases in linear layers, ReLU, unscaled attention) ---------
 class RelativeBias(nn.Module):
-    """Added to attention scores, a head each: b1[bucket(i - j)] + b2[slot of query, slot of key].
-    i and j are the places of the query's and the key's item in the history; a slot is a (modality,
-    level) inside an item. Buckets are exact up to BUCKETS / 2, then logarithmic. Later items get
-    -inf: an item sees itself and earlier ones, so one pass trains on all prefixes of a history."""
+    """Added to attention scores, a head each: b1[i - j] + b2[slot of query, slot of key].
+    i and j are the places of the query's and the key's item; a slot is a (modality, level) inside
+    an item. Later items get -inf, so that one pass trains on all prefixes of a history."""
     def __init__(self, H, query_slots, key_slots):
         super().__init__()
-        self.item = nn.Parameter(torch.zeros(H, BUCKETS))
+        self.item = nn.Parameter(torch.zeros(H, FARTHEST + 1))
         self.slot = nn.Parameter(torch.zeros(H, query_slots, key_slots))
     def forward(self, S, first=0):  # items first..S-1 ask: (H, (S - first) * slots, S * slots)
-        place, exact = torch.arange(S, device=self.item.device), BUCKETS // 2  # (S,)
+        place = torch.arange(S, device=self.item.device)  # (S,)
         distance = place[first:].unsqueeze(1) - place  # (Q, S)
-        far = (distance.clamp(min=1) / exact).log() / math.log(FARTHEST / exact) * exact  # (Q, S)
-        bucket = torch.where(distance < exact, distance, exact + far.long())  # (Q, S)
-        item = self.item[:, bucket.clamp(0, BUCKETS - 1)].masked_fill(distance < 0, -torch.inf)
-        bias = item[:, :, None, :, None] + self.slot[:, None, :, None, :]  # (H, Q, slots, S, slots)
-        return bias.flatten(3).flatten(1, 2)
+        item = self.item[:, distance.clamp(0, FARTHEST)].masked_fill(distance < 0, -torch.inf)
+        return (item[:, :, None, :, None] + self.slot[:, None, :, None, :]).flatten(3).flatten(1, 2)
 
 class Attention(nn.Module):
     def __init__(self, E, H, head):
@@ -183,10 +195,9 @@ class Attention(nn.Module):
         return self.out((weights @ values).transpose(-2, -3).flatten(-2))  # (..., n, E)
 
 class Layer(nn.Module):
-    """Attention to itself, in the decoder also to the encoder's output (memory), and a feed-forward
-    layer: each reads the normalised stream and adds to it. x: (B, S * M, E) in the encoder;
-    (B, Q, l, E) in the decoder, which writes Q items at once: one after each item of the history
-    (training) or one a beam. memory, past: keys and values, of the history and of codes before."""
+    """Attention to itself, in the decoder also to the encoder's output, and a feed-forward layer.
+    x: (B, S * M, E) in the encoder; (B, Q, l, E) in the decoder, which writes Q items at once: one
+    after each item (training) or one a beam. memory, past: keys, values of history, codes before"""
     def __init__(self, size, decoder):
         super().__init__()
         E, self.dropout = size.width, nn.Dropout(size.dropout)
@@ -221,8 +232,10 @@ class Generator(nn.Module):
         self.start_token = D * L * K + D
         self.tokens, self.dropout = nn.Embedding(D * L * K + D + 1, E), nn.Dropout(size.dropout)
         nn.init.normal_(self.tokens.weight, std=TOKEN_SCALE)
-        semantic = self.tokens.weight.data[:D * L * K].view(D, L * K, E)[:, :3 * K]  # (D, 3 * K, E)
-        semantic.copy_(torch.stack([similar_start(codebook, E) for codebook in codebooks]))
+        for d, codebook in enumerate(codebooks):  # codes of similar items start with similar tokens
+            U, S, _ = torch.linalg.svd(codebook.flatten(0, 1), full_matrices=False)
+            x = F.pad(U * S, (0, E))[:, :E]  # centroids, along their principal directions; (3K, E)
+            self.tokens.weight.data[d * L * K:][:len(x)] = TOKEN_SCALE * x / x.std().clamp(1e-6)
         self.encoder_bias, self.cross_bias = (RelativeBias(H, n, D * L) for n in (D * L, L))
         self.self_bias = nn.Parameter(torch.zeros(H, L, L))
         self.encoder = nn.ModuleList(Layer(size, decoder=False) for _ in range(size.layers))
@@ -259,13 +272,6 @@ class Generator(nn.Module):
         bias = self.cross_bias(history.shape[1])  # (H, S * L, S * M)
         return self.decode(written, self.encode(history, masking), bias)[0]
 
-def similar_start(codebook, E):
-    """Token embeddings that start as centroids, seen along the codebook's principal directions:
-    codes of similar items start similar. (levels, K, d) -> (levels * K, E)"""
-    directions = torch.linalg.svd(codebook.flatten(0, 1), full_matrices=False)[2][:E]  # (E, d)
-    x = F.pad(codebook.flatten(0, 1) @ directions.T, (0, E - len(directions)))  # (levels * K, E)
-    return TOKEN_SCALE * (x / x.std() if x.std() > 0 else torch.randn_like(x))
-
 @torch.no_grad()
 def beam_search(model, trie, history, beam):
     """The `beam` likeliest items after each history (B, S), best first; exact with beam >= N.
@@ -293,25 +299,14 @@ def recommend(model, trie, data, split, users, args, device):
     start, length = (part[users] for part in windows(split, data["offsets"], args.length))
     items = torch.zeros(len(users), args.beam, dtype=torch.int32)  # (n, beam)
     scores = torch.zeros(len(users), args.beam)  # (n, beam)
-    batches = equal_length_batches(length, 1024, torch.Generator())  # the same in every process
+    torch.manual_seed(0)  # the same batches in all processes
+    batches = equal_length_batches(length, 1024)
     for rows in tqdm(batches[args.rank::args.world], split, leave=False, disable=None):
         history = data["events"][start[rows, None] + torch.arange(length[rows[0]])]  # (B, S)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             best, score = beam_search(model, trie, history.long().to(device), args.beam)
         items[rows], scores[rows] = best.int().cpu(), score.cpu()
     return add_up(items), add_up(scores)
-
-def find_items(words, data):
-    """Item numbers for "title or id, ..." (or ; between titles with commas). A part will do."""
-    items, names = [], [(i.lower(), t.lower()) for i, t in zip(data["item_ids"], data["titles"])]
-    for word in map(str.strip, words.lower().split(";" if ";" in words else ",")):
-        found = [i for i, name in enumerate(names) if word and word in name][:1] or \
-                [i for i, (_, title) in enumerate(names) if word and word in title]
-        if len(found) != 1:
-            some = "".join(f"\n  {data['item_ids'][i]}  {data['titles'][i]}" for i in found[:10])
-            fail(f"--history: {len(found)} titles contain '{word}', give more or an id.{some}")
-        items += found
-    return items
 
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -335,35 +330,36 @@ def main(argv=None):
     add("--dropout", type=float, default=0.1, help="share of activations dropped in training")
     add("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     add("--batch", type=int, default=128, help="targets a training step")
-    add("--epochs", type=int, default=15, help="at the most")
+    add("--epochs", type=int, default=30, help="passes over the training events")
     add("--beam", type=int, default=20, help="prefixes kept in the search = items recommended")
-    add("--max-steps", type=int, default=0, help="a trial: stop after some, predict nothing")
+    add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
+    add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=1, width=16, layers=1, heads=2, inner=32)
     args = parser.parse_args(argv)
-    run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
+    run, history = pathlib.Path(args.run), []
+    weights_file = run / f"generator-{args.name}.pt"
     if args.history is not None:  # the model as it was trained
-        saved = load(run / f"generator-{args.name}.pt", f"05_generator.py --name {args.name}")
-        vars(args).update(saved["options"] | {"run": args.run, "history": args.history})
+        saved = load(weights_file, "this script without --history")["options"]
+        vars(args).update(saved | {"run": args.run, "history": args.history})
     modalities = args.modalities.split(",")
-    if args.target not in modalities:
-        fail(f"--target {args.target} is not among --modalities {args.modalities}: add it there.")
-    if min(args.length, args.layers, args.batch, args.epochs, args.beam) < 1:
-        fail("--length, --layers, --batch, --epochs and --beam start at 1.")
+    if args.target not in modalities or min(args.length, args.width, args.layers, args.heads,
+            args.head, args.inner, args.batch, args.epochs, args.beam, args.max_steps + 1) < 1:
+        fail(f"--target must be one of --modalities {args.modalities}, and sizes start at 1.")
+    if not (0 <= args.masking <= 1 and 0 <= args.dropout < 1 and args.lr > 0):
+        fail("--masking must be in [0, 1], --dropout in [0, 1), --lr above 0.")
     device = torch.device(args.device if args.device != "auto" else
                           torch.accelerator.current_accelerator(check_available=True) or "cpu")
     args.rank, args.world = join()
     args.bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
-    torch.manual_seed(args.seed + args.rank)
+    torch.manual_seed(args.seed)
     data = load(run / "data.pt", "01_data.py")
-    makers = {"image": "03_dino_quantizer.py", "text": "04_text_codes.py", "collab": "02_sasrec.py"}
-    sources = [load(run / f"{m}_codes.pt", makers.get(m, "its script")) for m in modalities]
+    sources = [load(run / f"{m}_codes.pt", f"the script of {m} codes") for m in modalities]
     N, U, D = len(data["item_ids"]) - 1, len(data["user_ids"]), len(modalities)
     K, L = sources[0]["codebooks"].shape[1], sources[0]["codes"].shape[1]
     if any(s["codes"].shape != (N + 1, L) or s["codebooks"].shape[1] != K for s in sources):
         fail(f"codes of {args.modalities} are not of the {N} items of data.pt: make them again.")
-
     codes = torch.stack([source["codes"] for source in sources], 1).long()  # (N+1, D, L)
     known = torch.stack([source["known"] for source in sources], 1)  # (N+1, D)
     target = modalities.index(args.target)
@@ -371,30 +367,36 @@ def main(argv=None):
     codes = codes[:, target].to(device)  # (N+1, L)
     trie = Trie(codes, K)
     parameters = sum(p.numel() for p in model.parameters())
-
     if args.history is not None:
-        model.load_state_dict(saved["weights"])
-        history = torch.tensor([find_items(args.history, data)[-args.length:]], device=device)
+        model.load_state_dict(load(weights_file, "this script")["weights"])
+        names = [f"{title} [{key}]" for title, key in zip(data["titles"], data["item_ids"])]
+        for part in args.history.split(";" if ";" in args.history else ","):
+            found = [i for i, name in enumerate(names) if part.strip().lower() in name.lower()]
+            if len(found) != 1:
+                fail(f"--history: {len(found)} titles have '{part}': give more of it, or an [id]."
+                     + "".join(f"\n  {names[i]}" for i in found[:10]))
+            history += found
+        history = torch.tensor([history[-args.length:]], device=device)  # (1, S)
         best, score = beam_search(model.eval(), trie, history, args.beam)  # (1, beam) both
-        print("after  " + "\n       ".join(data["titles"][i] for i in history[0]))
-        for item, s in zip(best[0, :10].tolist(), score[0].exp()):
-            print(f"{100 * s:5.1f} %  {data['titles'][item]}  [{data['item_ids'][item]}]")
-        return
-
+        found = [f"{100 * s.exp():5.1f} %  {names[i]}" for i, s in zip(best[0], score[0])][:10]
+        return print("after", *(names[i] for i in history[0]), "it recommends", *found, sep="\n")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     parallel = model if args.world == 1 else \
         nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
-    judges = torch.randperm(U, generator=rng)[:JUDGES]  # (judges,)
+    judges = torch.randperm(U)[:JUDGES]  # (judges,)
     truth = data["events"][data["offsets"][1 + judges] - 2].unsqueeze(1)  # (judges, 1)
     print(f"{args.name}: {parameters:,} parameters; a uniform guess has loss {math.log(N):.3f}")
-    step, limit, losses, ndcg, began = 0, args.max_steps or sys.maxsize, [], [], time.time()
-    for epoch in range(args.epochs):
+    checkpoint = run / f"generator-{args.name}.checkpoint"
+    state = resume(checkpoint, args, model=model, optimizer=optimizer)
+    losses, ndcg, began = state["losses"], state["ndcg"], time.time() - state["seconds"]
+    for epoch in range(len(losses), args.epochs):
+        torch.manual_seed(1000 * args.seed + epoch)  # the same batches in all processes
+        start, length = windows("train", data["offsets"], args.length)  # (W,) both
+        batches = equal_length_batches(length, args.batch * args.world)
         model.train()
-        start, length = windows("train", data["offsets"], args.length, rng)  # (W,) both
-        batches = equal_length_batches(length, args.batch * args.world, rng)
         total, seen = torch.zeros(L, device=device), 0  # (L,)
-        bar = tqdm(batches[:limit - step], f"epoch {epoch}", leave=False, disable=None)
-        for i, batch in enumerate(bar):
+        todo = batches[:args.max_steps or None]
+        for i, batch in enumerate(tqdm(todo, f"epoch {epoch}", leave=False, disable=None)):
             S = int(length[batch[0]])
             done = (epoch + i / len(batches)) / args.epochs  # 0 to 1
             for group in optimizer.param_groups:
@@ -406,6 +408,8 @@ def main(argv=None):
                 logits = parallel(events[:, :-1], events[:, 1:], args.masking * (D > 1))
             by_level = code_losses(logits.flatten(0, 1), codes[items], items, trie,
                                    not args.unconstrained)  # (L,)
+            if not by_level.isfinite().all():
+                fail(f"step {i}: the loss is no number, lower --lr; {checkpoint} is good")
             # Every target weighs the same, also in a batch that its length left small.
             (by_level.sum() / max(args.batch, len(batch) * S / args.world)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -413,37 +417,32 @@ def main(argv=None):
             optimizer.zero_grad(set_to_none=True)
             total, seen = total + by_level.detach(), seen + len(batch) * S
         losses.append(add_up(total).cpu() / max(1, seen))
-        step += len(bar)
-        hours = (time.time() - began) / 3600 * len(batches) / max(1, step)
+        if args.max_steps:
+            hours = (time.time() - began) / 3600 * len(batches) / len(todo)
+            return print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.2f} hours")
         top = recommend(model, trie, data, "valid", judges, args, device)[0][:, :10]  # (judges, 10)
-        hit = (top == truth).float()  # (judges, 10)
-        ndcg.append((hit / torch.log2(2.0 + torch.arange(hit.shape[1]))).sum(1).mean().item())
-        print(f"epoch {epoch:3d}  loss {losses[-1].sum():.3f} = "
-              f"{' + '.join(f'{x:.2f}' for x in losses[-1])}  validation Recall@10 "
-              f"{hit.sum(1).mean():.4f}  NDCG@10 {ndcg[-1]:.4f}  {time.time() - began:.0f} s")
+        gain = (top == truth) / torch.log2(2.0 + torch.arange(top.shape[1]))  # (judges, 10)
+        ndcg.append(gain.sum(1).mean().item())
+        print(f"epoch {epoch:3d}  loss {losses[-1].sum():.3f} = sum {losses[-1].numpy().round(2)}"
+              f"  validation NDCG@10 {ndcg[-1]:.4f}  {time.time() - began:.0f} s")
         if ndcg[-1] >= max(ndcg):
-            best = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
-        if step >= limit:
-            break
-    model.load_state_dict(best)
-    seconds = time.time() - began
-    if args.rank == 0:
-        save({"weights": best, "losses": torch.stack(losses), "ndcg": torch.tensor(ndcg),
-              "seconds": seconds, "options": vars(args)}, run / f"generator-{args.name}.pt")
-    if step >= limit:
-        return print(f"{step} steps; an epoch has {len(batches):,}, would take {hours:.2f} hours")
+            state["best"] = {name: w.cpu().clone() for name, w in model.state_dict().items()}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                  "seconds": time.time() - began, "options": vars(args)}
+        save(state, checkpoint)
+    model.load_state_dict(state["best"])
+    save({"weights": state["best"], "losses": torch.stack(losses), "ndcg": torch.tensor(ndcg),
+          "seconds": state["seconds"], "options": vars(args)}, weights_file)
     valid, _ = recommend(model, trie, data, "valid", torch.arange(U), args, device)
     began = time.time()
     test, scores = recommend(model, trie, data, "test", torch.arange(U), args, device)
     predict, peak = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if args.rank:
-        return
     size = sum(t.nbytes for t in [*model.parameters(), *trie.keys, *trie.allowed, trie.leaf_item])
     save({"name": args.name, "seed": args.seed, "valid": valid, "test": test, "scores": scores,
-          "seconds": {"train": seconds, "predict": predict}, "parameters": parameters,
+          "seconds": {"train": state["seconds"], "predict": predict}, "parameters": parameters,
           "bytes": size + 2 * N * D * L, "peak_memory": 1024 * peak, "options": vars(args)},
          run / f"predictions-{args.name}-s{args.seed}.pt")
-    print(f"{args.name}: {seconds:.0f} s of training, {1000 * predict / U:.2f} s per 1,000 users")
+    checkpoint.unlink(missing_ok=True)
 
 if __name__ == "__main__":
     main()

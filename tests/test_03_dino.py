@@ -177,7 +177,7 @@ def test_overflow_moves_to_the_nearest_place_with_room():
     """15 equal items at K = 2, where a place holds 2: the walk over all places says where each goes."""
     codebooks, x = torch.tensor([[[0.0], [8]], [[0.0], [3]], [[0.0], [1]]]), torch.tensor([0.2])
     embeddings, known = x.repeat(16, 1), torch.arange(16) > 0
-    codes, stats = dino.finish_codes(embeddings, known, codebooks, torch.zeros(16, dtype=torch.int32),
+    codes, moved = dino.finish_codes(embeddings, known, codebooks, torch.zeros(16, dtype=torch.int32),
                                      torch.Generator().manual_seed(0))
     order = []  # depth first: the nearest at level 1, there the nearest at level 2, there at level 3
     for one in sorted(range(2), key=lambda k: abs(x - codebooks[0, k]).item()):
@@ -185,7 +185,7 @@ def test_overflow_moves_to_the_nearest_place_with_room():
             rest = x - codebooks[0, one] - codebooks[1, two]
             order += [(one, two, k) for k in sorted(range(2), key=lambda k: abs(rest - codebooks[2, k]).item())]
     expected = sorted(list(itertools.islice((p for p in order for _ in range(2)), 15)))
-    assert sorted(map(tuple, codes[1:, :3].tolist())) == expected and stats["moved"] == 13
+    assert sorted(map(tuple, codes[1:, :3].tolist())) == expected and moved == 13
     assert len(codes[1:].unique(dim=0)) == 15
 
 
@@ -210,13 +210,11 @@ def test_codes_are_the_argmin_chain_and_seeded(tmp_path):
         nearest = torch.cdist(residual, codebook).argmin(1)
         agree &= nearest == codes["codes"][:, level]
         residual = residual - codebook[nearest]
-    assert agree.sum() == codes["known"].sum() - codes["stats"]["moved"] and codes["known"].sum() == 22
+    assert agree.sum() == codes["known"].sum() - codes["moved"] and codes["known"].sum() == 22
     assert torch.equal(codes["codes"], read(runs[1])[1]["codes"])
     assert curves["losses"].shape == (2,) and curves["teacher_entropy"].shape == (2,)
     assert curves["losses"].isfinite().all() and (curves["losses"] >= curves["teacher_entropy"]).all()
-    assert {n.split(".")[0] for n in curves["student"]} == {"backbone", "head"}
-    same = [torch.equal(w, curves["student"][n]) for n, w in curves["teacher"].items()]
-    assert not all(same), "the teacher lags behind the student"
+    assert {n.split(".")[0] for n in curves["teacher"]} == {"backbone", "head"}
     dino.main(["--run", str(runs[1]), *TINY, "--init", str(runs[0] / "dino.pt"), "--local-crops", "0"])
     check_codes(read(runs[1])[1], 24)
 
@@ -239,10 +237,10 @@ def test_few_pictures_or_none(tmp_path, pictures, capsys):
         assert codes["known"].sum() == pictures and codes["embeddings"].isfinite().all()
     if not pictures:
         assert codes["embeddings"].shape == (13, 1) and codes["codebooks"].shape == (3, 8, 1)
-        assert "0 of 12 items have a picture" in capsys.readouterr().out
+        assert "0 pictures" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [["--epochs", "0"], ["--max-steps", "-1"], ["--width", "10"], ["--patch", "5"],
+@pytest.mark.parametrize("options", [["--epochs", "0"], ["--max-steps", "-1"], ["--width", "10"], ["--out-dim", "0"],
                                      ["--init", "nowhere.pth"]])
 def test_bad_options_are_one_sentence(tmp_path, options, capsys):
     run = write_run(tmp_path / "run")
@@ -255,10 +253,8 @@ def test_bad_options_are_one_sentence(tmp_path, options, capsys):
 def test_max_steps_ends_early_and_says_what_an_epoch_takes(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     dino.main(["--run", str(run), *TINY, "--epochs", "5", "--max-steps", "4"])
-    assert "4 steps; an epoch has 3, would take" in capsys.readouterr().out
-    curves, codes = read(run)
-    check_codes(codes, 24)
-    assert curves["losses"].shape == (2,) and curves["losses"].isfinite().all()
+    assert "3 steps; an epoch has 3: " in capsys.readouterr().out
+    assert not (run / "image_codes.pt").exists() and not (run / "dino.checkpoint").exists()
 
 
 def test_bfloat16_is_close(tmp_path):

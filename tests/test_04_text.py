@@ -61,7 +61,7 @@ def check(saved, N):
         distance = torch.cdist(residual.double(), codebooks[level].double())  # (N+1, K)
         agree &= distance.gather(1, chosen.clamp(min=0).unsqueeze(1))[:, 0] <= distance.min(1).values + 1e-5
         residual = residual - codebooks[level, chosen]
-    assert agree.sum() >= known.sum() - saved["stats"]["moved"]
+    assert agree.sum() >= known.sum() - saved["moved"]
 
 
 def vectors(texts, width=20):
@@ -152,7 +152,7 @@ def test_built_in_codes(tmp_path):
     saved = codes_of(write_run(tmp_path / "run"))
     check(saved, 24)
     assert saved["known"].sum() == 24 and saved["codebooks"].shape[1] == 8
-    assert saved["options"]["seed"] == 0 and len(saved["stats"]["perplexity"]) == 4
+    assert saved["options"]["seed"] == 0 and saved["moved"] >= 0
     torch.testing.assert_close(saved["embeddings"][1:].mean(0), torch.zeros(saved["embeddings"].shape[1]),
                                atol=1e-5, rtol=0)
     assert saved["embeddings"][1:].square().mean().item() == pytest.approx(1, rel=1e-4)
@@ -291,7 +291,7 @@ def test_equal_texts_overflow_into_free_places(tmp_path):
     run = write_run(tmp_path / "run", ["a mug"] * 24)
     saved = codes_of(run)
     check(saved, 24)
-    assert saved["stats"]["moved"] == 16
+    assert saved["moved"] == 16
     assert saved["codes"][1:, :3].unique(dim=0, return_counts=True)[1].tolist() == [8, 8, 8]
     np.save(tmp_path / "x.npy", np.ones((24, 3)))
     check(codes_of(run, "--embeddings", tmp_path / "x.npy"), 24)
@@ -302,7 +302,7 @@ def test_a_full_tree_is_still_a_bijection(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "codebook_size", lambda N: 2)
     saved = codes_of(write_run(tmp_path / "run", ["a mug"] * 10 + [f"{c} lamp" for c in COLOURS] + ["", ""]))
     check(saved, 16)
-    assert saved["stats"]["moved"] > 0
+    assert saved["moved"] > 0
 
 
 def test_level_four_counts_by_popularity(tmp_path):

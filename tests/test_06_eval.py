@@ -1,11 +1,13 @@
 """06_eval.py: metrics and intervals by hand, and a table that any model joins by a file."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import script
+from PIL import Image
 
 evaluation = script(6)
 
@@ -19,7 +21,8 @@ def write_run(run, targets):
     events = torch.stack([torch.full((U,), 39), torch.full((U,), 40), torch.as_tensor(targets)], 1)
     torch.save({"events": events.flatten().int(), "offsets": 3 * torch.arange(U + 1),
                 "item_ids": [""] + [f"id{i}" for i in range(1, N + 1)], "user_ids": [f"u{u}" for u in range(U)],
-                "train_counts": torch.arange(N + 1, dtype=torch.int32), "categories": [[]] * (N + 1)}, run / "data.pt")
+                "train_counts": torch.arange(N + 1, dtype=torch.int32), "categories": [[]] * (N + 1),
+                "titles": [""] * (N + 1), "has_image": torch.zeros(N + 1, dtype=torch.bool)}, run / "data.pt")
     return run
 
 
@@ -109,7 +112,7 @@ def test_interval_of_equal_models_holds_zero_and_of_a_better_one_does_not(tmp_pa
     difference = torch.tensor(rows["better"]["mean"]) - torch.tensor(rows["sasrec"]["mean"])
     assert (0 < low).all() and (low < difference).all() and (difference < high).all()
     assert cells(table, "better")[0][-2].startswith("[+") and cells(table, "sasrec")[0][-2:] == ["", ""]
-    assert [line.split()[1] for line in table.split("\n") if line.startswith("| ")][1:5][-1] == "better"
+    assert [line.split()[1] for line in table.split("\n") if line.startswith("| ")][1:6][-1] == "better"
     against = results(run, "--against", "better")[0]["rows"]
     assert torch.tensor(against["sasrec"]["interval"]).max() < 0 and "interval" not in against["better"]
 
@@ -155,13 +158,16 @@ def test_tables_of_codes(tmp_path):
     run = write_run(tmp_path / "run", [4, 8])
     write_predictions(run, "foreign", lists([4, 8], [2, 2]))
     known = torch.ones(N + 1, dtype=torch.bool)
-    known[:11] = False
-    stats = {"used": [1.0, 0.5, 0.25, 0.1], "perplexity": [7.6, 4.0, 2.0, 1.0], "moved": 3,
-             "unique": [0.0, 0.2, 0.9], "largest": [20, 9, 2]}
-    torch.save({"codebooks": torch.zeros(3, 8, 5), "known": known, "stats": stats}, run / "text_codes.pt")
+    known[:11] = False  # 30 of 40 items: codes 0 0 0 and 1 0 0 of 10 and 9 items, eleven with a first code alone
+    codes = torch.zeros(N + 1, 4, dtype=torch.int16)
+    codes[21:30, 0], codes[30:, 0] = 1, 2
+    codes[30:, 1] = torch.arange(11)
+    torch.save({"codebooks": torch.zeros(3, 16, 5), "known": known, "moved": 3, "codes": codes}, run / "text_codes.pt")
     saved, table = results(run)
-    assert saved["codes"] == {"text": stats} and "interval" not in saved["rows"]["foreign"]
-    assert cells(table, "text") == [["text", "75%", "8", "100, 50, 25", "8, 4, 2", "0, 20, 90", "20, 9, 2", "3"]]
+    assert saved["codes"]["text"]["used"] == [3 / 16, 11 / 16, 1 / 16, 1 / 16] and "interval" not in saved["rows"]["foreign"]
+    first = torch.tensor([10, 9, 11]) / 30
+    assert saved["codes"]["text"]["perplexity"][0] == pytest.approx(float((-first * first.log()).sum().exp()))
+    assert cells(table, "text") == [["text", "75%", "16", "19, 69, 6", "3, 4, 1", "0, 37, 37", "11, 10, 10", "3"]]
 
 
 def without(name):
@@ -177,8 +183,8 @@ def without(name):
     (lambda saved: saved | {"test": saved["test"].tolist()}, "item ids"),
     (lambda saved: saved | {"test": saved["test"][:, :0]}, "item ids"),
     (lambda saved: saved | {"test": saved["test"][:, [0, 1, 1]]}, "twice"),
-    (without("name"), "`name`"), (without("test"), "`test`"), (lambda saved: saved["test"], "`test`"),
-    (lambda saved: saved | {"options": {"run": Path("runs")}}, "cannot be read")])
+    (without("name"), "`name`"), (without("test"), "`test`"), (lambda saved: saved["test"], "damaged"),
+    (lambda saved: saved | {"options": {"run": Path("runs")}}, "damaged")])
 def test_files_that_cannot_be_compared_are_one_sentence(tmp_path, capsys, change, says):
     run = write_run(tmp_path / "run", [4, 8])
     write_predictions(run, "sasrec", lists([4, 8], [1, 1]))
@@ -198,9 +204,18 @@ def test_one_seed_counts_once(tmp_path, capsys):
 def test_nothing_to_compare_is_one_sentence(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     assert "01_data.py" in refused(capsys, tmp_path / "run")
-    run = write_run(tmp_path / "run", [4, 8])
-    assert "predictions-" in refused(capsys, run)
-    assert "--draws" in refused(capsys, run, "--draws", "0")
+
+
+def test_popularity_needs_no_file_and_none_of_an_old_run_disturbs_it(tmp_path):
+    """Items are bought as often as their number says: everyone is shown 40, 39, .. 21."""
+    run = write_run(tmp_path / "run", [40, 38, 21, 1])
+    write_predictions(run, "popularity", lists([1] * 4, [1] * 4), seed=0)
+    saved, table = results(run)
+    row = saved["rows"].pop("popularity")
+    assert row["mean"][:3] == [0.25, 0.5, 0.5] and row["std"] is None and row["seeds"] == [0]
+    assert row["parameters"] == N and row["bytes"] == 4 * N and not saved["rows"]
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 4)  # of four users one has the item first
+    assert row["error"][0] == pytest.approx(half)
 
 
 def test_shown_items_against_hand_counts(scripts):
@@ -225,3 +240,38 @@ def test_meaning_of_codes(scripts):
     assert told["nmi"][0] > told["nmi"][1] > told["nmi"][2]  # prefixes finer than the categories share less
     mixed = scripts[6].meaning(codes[torch.randperm(400, generator=generator)], category)
     assert mixed["nmi"][0] < 0.05 and mixed["purity"][0] < 0.4
+
+
+def draws(script):
+    """The names of the PNG files in the script's docstring."""
+    return {name.replace("MODALITY", m) for name in re.findall(r"[\w-]+\.png", script.__doc__)
+            for m in ("image", "text", "collab")}
+
+
+def test_every_picture_of_the_docstring_is_drawn(smoke):
+    run, _ = smoke
+    assert draws(evaluation) == {path.name for path in run.glob("*.png")} - {"items.png"} and len(draws(evaluation)) == 9
+    for name in draws(evaluation):
+        with Image.open(run / name) as picture:
+            picture.load()
+            assert 600 <= picture.width <= 1400 and picture.height > 200
+            assert len(picture.convert("L").getcolors()) > 20, f"{name} is empty"
+
+
+def test_what_is_missing_is_not_drawn_but_said(tmp_path, capsys):
+    """No pictures at all, no curves, no codes: histories are grey tiles with titles."""
+    run = write_run(tmp_path / "run", [4, 8])
+    results(run)
+    said = capsys.readouterr().out
+    assert {path.name for path in run.glob("*.png")} == {"recall.png", "rarity.png", "histories.png"}
+    assert all(f"{name} is not drawn" in said for name in ("curves.png", "codes.png", "neighbours.png"))
+    with Image.open(run / "histories.png") as picture:
+        assert picture.getpixel((112 + 30, 38 + 5)) == (208, 208, 208)
+
+
+def test_letters_and_ticks():
+    """The font knows no accents: they are dropped. Axes have few, round numbers."""
+    assert evaluation.cut("Amélie (2001)", 200, 11, 2) == "Amelie (2001)"
+    assert evaluation.cut("one two three four five six", 40, 11, 2).count("\n") == 1
+    assert evaluation.ticks(0, 0.43) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert evaluation.ticks(4.7, 7.3) == pytest.approx([5, 5.5, 6, 6.5, 7])
