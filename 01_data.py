@@ -18,36 +18,32 @@ writes  data.pt
           item_ids       list (N+1)       str, the ids of the source, sorted
           user_ids       list (U)         str, sorted
           train_counts   int32 (N+1)      events of the item in training
-          meta           dict             source, its files' SHA-256, what was dropped and why,
-                                          options; truth of the toy shop
+          meta           dict             source, counts by reason, options; truth of the toy shop
 writes  images.pt
           images         uint8 (N+1, 3, S, S)   all zero where there is no picture
 writes  items.png        what 24 items and one user's history look like at this size
 
 On the toy shop: 3 seconds, 0.3 GiB (2 cores of an AMD EPYC).
 """
-import argparse, array, colorsys, contextlib, csv, functools, gzip, hashlib, io, ipaddress, json
-import mmap, multiprocessing.pool, os, re, socket, sys, tempfile, textwrap, threading, time, zlib
-from collections import Counter
-from itertools import islice
+import argparse, array, collections, colorsys, csv, functools, gzip, hashlib, io, ipaddress, json
+import mmap, multiprocessing.pool, os, re, socket, sys, tempfile, textwrap, time, zlib
 from pathlib import Path
-from urllib.parse import urlsplit
 import numpy as np
-import requests
-import torch
+import requests, torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 MIN_EVENTS = 3                      # a user needs one event each to train, validate and test
-WORKERS, DECODE = 32, threading.Semaphore(4)    # threads that fetch pictures, that decode them
+FETCHERS, DECODERS = 32, 4          # threads; decoding takes memory, which each of them keeps
 Image.MAX_IMAGE_PIXELS = 12_500_000  # Pillow refuses twice as many: an attack on memory
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")     # Pillow would run a program for PostScript
 HOSTS = ["https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw",
          "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023/raw"]
-TRIES, PAUSES, TIMEOUT = 6, (0.5, 60), (10, 60)     # seconds: first, longest; connect, next bytes
-LONGEST = {".gz": 100 << 30, ".jpg": 50 << 20}      # bytes of a download: no body is endless
-LONGEST_LINE, LATEST = 1 << 24, 4_102_444_800_000   # characters; 2100 in ms (s are below it)
-
+BROKEN = requests.packages.urllib3.exceptions.HTTPError     # a transfer that may go on
+TRIES, PAUSE, PATIENCE, TIMEOUT = 6, 0.25, 60, (10, 60)  # seconds: the last to connect, to go on
+LONGEST = {".gz": 100 << 30, ".jpg": 50 << 20, "line": 1 << 24}     # bytes; no host is trusted
+RANGES = {"k_core": range(1, 10 ** 6), "image_size": range(1025)}
+TIMES = range(4_102_444_800_000)    # from 1970 to 2100 in milliseconds; seconds and ranks are too
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
 
 def fail(message):
@@ -57,8 +53,6 @@ def fail(message):
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    if os.environ.get("RANK", "0") != "0":
-        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -75,20 +69,16 @@ def save(artifact, path):
 # circle shows only in what follows what. The next item is drawn from a softmax of the sum of:
 POPULARITY = 0.5    # -POPULARITY * log(rank): Zipf's law, a few items sell and most are rare
 TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}    # the item has the customer's favourite
-COMPANION = 4.5     # the item is of the circle that goes with the circle of the previous item
-FOLLOWING = 0.5     # the item is of the category that follows the previous item's category
+COMPANION, FOLLOWING = 4.5, 0.5     # it is of the circle, the category, that follows the last one
 WHIM = 0.1          # share of events that ignore all this: any item, equally likely
-INCOMPLETE = 0.05   # share of items without picture; the same share has no description
-CIRCLES = 25        # hidden groups of companions
-
+INCOMPLETE, CIRCLES = 0.05, 25      # share without picture, without text; groups of companions
 COLOURS = "red amber lime green cyan blue violet magenta".split()   # eight hues, evenly spaced
 PATTERNS = {"plain": lambda x, y: x < 0, "stripes": lambda x, y: y % 1 < 0.5,  # where to paint pale
             "bars": lambda x, y: x % 1 < 0.5, "diagonals": lambda x, y: (x + y) % 1 < 0.5,
             "checks": lambda x, y: (x % 1 < 0.5) ^ (y % 1 < 0.5),
             "dots": lambda x, y: (x % 1 - 0.5) ** 2 + (y % 1 - 0.5) ** 2 < 0.1}
-# The corners of each category's drawing: x and y in ninths of its size.
-SHAPES = {"bag": "04 24 31 61 74 94 99 09", "bottle": "40 50 53 73 79 29 23 43",
-          "bowl": "03 93 86 69 39 16", "chair": "10 30 35 85 89 69 67 37 39 19",
+SHAPES = {"bag": "04 24 31 61 74 94 99 09", "bottle": "40 50 53 73 79 29 23 43",  # corners: x, y
+          "bowl": "03 93 86 69 39 16", "chair": "10 30 35 85 89 69 67 37 39 19",   # in ninths
           "clock": "20 70 92 97 79 29 07 02", "cushion": "00 52 90 75 99 57 09 25",
           "hat": "20 70 76 96 99 09 06 26", "lamp": "30 60 95 55 58 79 29 48 45 05",
           "mug": "00 60 61 91 97 67 66 86 82 62 69 09", "stool": "02 92 99 79 75 25 29 09",
@@ -158,68 +148,52 @@ def rows(path, counts):
                                                 desc=path.name, disable=None, leave=False) as file:
         lines = io.TextIOWrapper(gzip.open(file) if path.suffix == ".gz" else file, "utf-8-sig",
                                  "replace", newline="")
-        lines = iter(functools.partial(lines.readline, LONGEST_LINE), "")
+        lines = iter(functools.partial(lines.readline, LONGEST["line"]), "")
         table = csv.DictReader(lines) if ".csv" in path.name else None
-        decode = json.JSONDecoder().decode      # json.loads looks at its options at every line
+        decode = json.JSONDecoder().raw_decode  # json.loads looks at its options at every line
         while True:
             try:
-                row = next(table) if table else decode(next(lines))
-                if not isinstance(row, dict):
-                    raise ValueError("not a record")
+                row, end = (next(table), 0) if table else decode(line := next(lines).lstrip())
+                assert isinstance(row, dict) and (table or not line[end:].strip())
                 yield row
             except StopIteration:
                 return
             except (OSError, EOFError, zlib.error) as error:
                 fail(f"{path} breaks off ({error}): delete it and get it again.")
-            except (ValueError, RecursionError, csv.Error):
+            except (AssertionError, ValueError, RecursionError, csv.Error):
                 counts[f"{path.name}: malformed line"] += 1
 
-def item_of(row):
-    """The item's id, as Amazon Reviews 2023, its older releases and PixelRec name it."""
-    return row.get("parent_asin", row.get("asin", row.get("item_id")))
+item_of = lambda row: row.get("parent_asin", row.get("asin", row.get("item_id")))  # or PixelRec's
 
 class Numbers(dict):
-    """id -> 0, 1, 2, ... in order of appearance. KeyError: empty, of another type, unprintable."""
+    """id -> 0, 1, 2, ... in order of appearance. AssertionError, TypeError: that is none."""
     def __missing__(self, value):
-        name = str(value) if type(value) in (str, int) else ""
-        if not 0 < len(name) < 256 or not name.isprintable():
-            raise KeyError(value)
+        name = str(value)
+        assert type(value) in (str, int) and 0 < len(name) < 256 and name.isprintable()
         return self.setdefault(name, len(self))
 
 def read_events(source, counts):
-    """Of each event three integers stay in memory, of each id one string. -> user, item int32
-    (events), time int64 (events), user ids, item ids in order of appearance."""
+    """Three integers an event: -> user, item int32 (events), time int64 (events), both ids."""
     users, items = Numbers(), Numbers()
     user, item, time = array.array("i"), array.array("i"), array.array("q")
     for row in source:
+        u = i = None
         try:
-            reason = "no user"
             u = users[row["user_id"]]
-            reason = "no item"
             i = items[item_of(row)]
-            reason = "bad time"
-            t = int(row["timestamp"])
-            if not 0 <= t < LATEST:
-                raise ValueError
-        except (KeyError, TypeError, ValueError, OverflowError):
-            counts[f"events: {reason}"] += 1
-            continue
-        user.append(u), item.append(i), time.append(t)
+            time.append(TIMES.index(int(row["timestamp"])))
+            user.append(u), item.append(i)
+        except (AssertionError, KeyError, TypeError, ValueError, OverflowError):
+            why = "no user" if u is None else "no item" if i is None else "bad time"
+            counts[f"events: {why}"] += 1
     counts["events: well-formed"] = len(time)
     return np.array(user), np.array(item), np.array(time), list(users), list(items)
-
-def public(url):
-    """False for hosts of this machine and its network: anybody may have written a data file."""
-    with contextlib.suppress(OSError):          # a name unknown here: a proxy may know it
-        found = socket.getaddrinfo(urlsplit(url).hostname, None)
-        return all(ipaddress.ip_address(ip).is_global for *_, (ip, *_) in found)
-    return True
 
 def download(session, url, path):
     """Fetches url, going on where an earlier try broke off. Raises requests.RequestException."""
     partial, tag = (path.with_name(path.name + end) for end in (".partial", ".etag"))
     for n in range(TRIES):
-        time.sleep(PAUSES[0] * (2 ** n - 1))
+        time.sleep(PAUSE * (2 ** n - 1))
         version = tag.read_text() if tag.exists() and partial.exists() else ""
         have, headers = partial.stat().st_size if version else 0, {"Accept-Encoding": "identity"}
         if have:                     # the rest; or all of it if the file has changed since
@@ -227,30 +201,26 @@ def download(session, url, path):
         try:
             with session.get(url, headers=headers, stream=True, timeout=TIMEOUT,
                              allow_redirects=path.suffix == ".gz") as reply:
-                status, header = reply.status_code, reply.headers.get
-                now = header("ETag") or header("Last-Modified") or version * (status == 206)
-                rest = status == 206 and now == version
-                if not rest and status in (206, 416):
-                    tag.unlink(missing_ok=True)         # not the rest of what is here: anew
-                if not rest and status in (206, 416, 429) or status >= 500:
-                    time.sleep(min(int("0" + header("Retry-After", "")[:9]), PAUSES[1]))
-                    raise requests.ConnectionError(f"status {status}")
+                get, status = reply.headers.get, reply.status_code
+                now = get("ETag") or get("Last-Modified") or version * (status == 206)
+                if status in (416, 429) or status >= 500 or status == 206 and now != version:
+                    tag.write_text("" if status < 429 else version)     # no rest of it: anew
+                    time.sleep(min(float(re.sub(r"\D", "", get("Retry-After", "")) or 0), PATIENCE))
+                    raise BROKEN(f"status {status}")
                 reply.raise_for_status()
-                have *= rest
+                have, kind = have * (status == 206), get("Content-Type", "")
                 tag.write_text(now)
                 with open(partial, "ab" if have else "wb") as file, tqdm.wrapattr(
-                        file, "write", desc=path.name, initial=have,
-                        total=have + (reply.raw.length_remaining or 0),
-                        disable=None if path.suffix == ".gz" else True) as progress:
+                        file, "write", have + (reply.raw.length_remaining or 0), desc=path.name,
+                        initial=have, disable=path.suffix != ".gz" or None) as progress:
                     while have <= LONGEST[path.suffix] and (part := reply.raw.read(1 << 18)):
                         have += progress.write(part)    # raw: a .gz stays packed
             tag.unlink()
-            if have <= LONGEST[path.suffix] and "html" not in header("Content-Type", ""):
+            if have <= LONGEST[path.suffix] and status < 300 and "html" not in kind:
                 return os.replace(partial, path)        # it gets its name when it is complete
             partial.unlink()
-            raise requests.RequestException(f"{url} is endless, or a page instead of a file")
-        except (requests.ConnectionError, requests.Timeout, ValueError,
-                requests.packages.urllib3.exceptions.HTTPError) as error:
+            raise requests.RequestException(f"{url} is endless, or no file")
+        except (requests.ConnectionError, requests.Timeout, BROKEN) as error:
             problem = error
     raise requests.RequestException(f"{url} failed {TRIES} times: {problem}")
 
@@ -269,25 +239,28 @@ def fetch_category(category, session, hosts, folder):
             fail(f"{path} cannot be had ({problem}): check the category, the network, --base-url.")
 
 def open_folder(folder, session, hosts, counts):
-    """-> events, catalogue (one dict a line), what opens an item's picture, both files"""
+    """-> events and catalogue (one dict a line), and what opens an item's picture."""
     tables = [p for k in ("*.jsonl", "*.jsonl.gz", "*.csv", "*/*.csv") for p in folder.glob(k)]
     events = [path for path in tables       # told by its fields: PixelRec's two have one name
-              if any("user_id" in row for row in islice(rows(path, Counter()), 20))]
+              if any("user_id" in row for row, _ in zip(rows(path, counts.copy()), range(20)))]
     if len(events) != 1 or len(tables) != 2:
         fail(f"{folder} needs one file of events (with user_id), one of items: .jsonl(.gz), .csv.")
+    for path in tables:
+        name = str(path.relative_to(folder))
+        MADE_FROM[name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
     tables.remove(events[0])
-
     def find(item_id, picture):
         path = folder / "images" / f"{hashlib.sha256(item_id.encode()).hexdigest()}.jpg"
         if session and picture and not path.exists():
-            if not (urlsplit(picture).netloc in hosts or public(picture)):
-                raise PermissionError(f"{picture} is of no public host")
+            host = requests.compat.urlsplit(picture)    # anybody may have written a data file
+            if host.netloc not in hosts and not all(ipaddress.ip_address(ip).is_global for *_, (
+                    ip, *_) in socket.getaddrinfo(host.hostname, None)):
+                raise PermissionError("a host of this machine or its network")
             download(session, picture, path)
         for at in (f"images/{path.name}", picture, f"images/{item_id}.jpg", f"cover/{item_id}.jpg"):
             if ".." not in Path(at).parts and os.path.isfile(f"{folder}/{at}"):
                 return Image.open(f"{folder}/{at}", formats=FORMATS)
-
-    return rows(events[0], counts), rows(tables[0], counts), find, events + tables
+    return rows(events[0], counts), rows(tables[0], counts), find
 
 # --- The rules -----------------------------------------------------------------------------------
 def k_core(user, item, k):
@@ -310,12 +283,10 @@ def arrange(user, item, time, user_ids, item_ids, args, counts):
     ties = np.arange(len(user)) if args.ties == "file" else rng.permutation(len(user))
     order = np.lexsort((ties, time, user))              # order in the file can leak the test item
     user, item = user[order].astype(np.int64), item[order]
-
     def keep(reason, chosen):
         nonlocal user, item
         counts[f"events: {reason}"] = len(user) - len(user[chosen])
         user, item = user[chosen], item[chosen]
-
     keep("repeats", np.sort(np.unique(user * len(item_ids) + item, return_index=True)[1]))
     frequent = np.argsort(-np.bincount(item), kind="stable")[:args.max_items or None]
     keep("beyond --max-items", np.isin(item, frequent))
@@ -325,9 +296,7 @@ def arrange(user, item, time, user_ids, item_ids, args, counts):
     keep("beyond --max-events", from_end <= (args.max_events or len(user)))
     keep(f"outside the {args.k_core}-core", k_core(user, item, args.k_core))
     if not len(user):
-        why = ", ".join(f"{number:,} {reason}" for reason, number in counts.items() if number)
-        fail(f"{args.dataset} has no event left in its {args.k_core}-core ({why}): --k-core 1?")
-
+        fail(f"{args.dataset}: no event is left in the {args.k_core}-core of {dict(+counts)}.")
     user, user_ids = renumber(user, user_ids)
     item, item_ids = renumber(item, item_ids)
     by_user = np.argsort(user, kind="stable")
@@ -338,7 +307,7 @@ def arrange(user, item, time, user_ids, item_ids, args, counts):
 def strings(value, deep=4):
     """A real catalogue holds null, a string, a list or a list of lists in one field."""
     if isinstance(value, list):
-        return [text for part in value[:99 * deep] for text in strings(part, deep - 1)]
+        return [text for part in value[:2000 * deep] for text in strings(part, deep - 1)]
     text = " ".join(str(value)[:10_000].split()) if type(value) in (str, int) else ""
     text = re.sub(r"[\0-\x1f\x7f-\x9f]", "", text).encode("utf-8", "replace").decode()
     return [text] if text else []
@@ -354,8 +323,7 @@ def read_catalogue(source, item_ids, counts):
             continue
         titles[i] = " ".join(strings(row.get("title")))[:500]
         texts[i] = " ".join(strings([row.get("features"), row.get("description")]))[:2000]
-        sorts = strings(row.get("categories") or row.get("main_category") or row.get("tag"))
-        categories[i] = [sort[:100] for sort in sorts[:20]]
+        categories[i] = strings(row.get("categories") or row.get("main_category") or row.get("tag"))
         images = row.get("images") if isinstance(row.get("images"), list) else []
         images = sorted((image for image in images if isinstance(image, dict)),
                         key=lambda image: image.get("variant") != "MAIN")   # stable: else the first
@@ -366,26 +334,25 @@ def read_catalogue(source, item_ids, counts):
 
 def write_images(path, find, item_ids, pictures, S, counts):
     """Squeezes every picture to S x S, into a file rather than into memory. -> has_image (N+1,)"""
-    def squeeze(i):
+    def squeeze(image):
+        image.draft("RGB", (2 * S, 2 * S))              # a JPEG decodes at 1/2, 1/4, 1/8 for less
+        if image.mode[0] == "I":                        # 16 bits, which Pillow would cut to 8
+            image = image.point(lambda value: value * (1 / 256)).convert("L")
+        image = image.convert("RGBA").resize((S, S), Image.Resampling.LANCZOS)
+        image = Image.alpha_composite(Image.new("RGBA", (S, S), "white"), image)
+        return np.array(image)[..., :3].transpose(2, 0, 1).tobytes()  # (3, S, S)
+    def fetch(i):
         try:
             image = find(item_ids[i - 1], pictures[i])
-            if not image:
-                return "no picture", bytes(3 * S * S)
-            with DECODE:
-                image.draft("RGB", (2 * S, 2 * S))      # a JPEG decodes at 1/2, 1/4, 1/8 for less
-                if image.mode[0] == "I":                # 16 bits: Pillow would cut, not scale
-                    image = image.point(lambda value: value * (1 / 256)).convert("L")
-                image = image.convert("RGBA").resize((S, S), Image.Resampling.LANCZOS)
-            image = Image.alpha_composite(Image.new("RGBA", (S, S), "white"), image)
-            return "picture", np.array(image)[..., :3].transpose(2, 0, 1).tobytes()  # (3, S, S)
+            return ("picture", decoders.apply(squeeze, [image])) if image else ("no picture", blank)
         except Exception as error:          # Pillow has no one error for a broken picture
-            return f"picture lost ({type(error).__name__})", bytes(3 * S * S)
+            return f"picture lost ({type(error).__name__})", blank
 
-    with tempfile.TemporaryFile(dir=path.parent) as file, \
-            multiprocessing.pool.ThreadPool(WORKERS) as pool:
-        states = [file.write(bytes(3 * S * S))]     # padding. Unlike a map, it tells of a full disk
-        squeezed = pool.imap(squeeze, range(1, len(pictures)), chunksize=16)
-        for state, pixels in tqdm(squeezed, "pictures", len(item_ids), disable=None):
+    decoders, blank = multiprocessing.pool.ThreadPool(DECODERS), bytes(3 * S * S)
+    with tempfile.TemporaryFile(dir=path.parent) as file:   # a write tells of a full disk
+        states = [file.write(blank)]                        # padding
+        done = multiprocessing.pool.ThreadPool(FETCHERS).imap(fetch, range(1, len(pictures)), 16)
+        for state, pixels in tqdm(done, "pictures", len(item_ids), disable=None):
             states.append(state), file.write(pixels)
         file.flush()
         images = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
@@ -394,18 +361,17 @@ def write_images(path, find, item_ids, pictures, S, counts):
     return torch.tensor([state == "picture" for state in states])  # (N+1,)
 
 def draw_sheet(path, images, has_image, names, shown, history):
-    """24 items, the most bought first; below, a user's last 8: S x S, as the models see them."""
-    page, font = Image.new("RGB", (900, 607), "white"), ImageFont.load_default(12)
-    pen = ImageDraw.Draw(page)
-    pen.text((12, 448), "A user's history, the last two for validation and test:", "black", font)
-    for n, i in [*enumerate(shown), *enumerate(history[-8:], 24)]:
+    """24 items and, below, a history of 8: S x S pixels, all that the models see of a picture."""
+    pen = ImageDraw.Draw(page := Image.new("RGB", (900, 607), "white"))
+    pen.font = ImageFont.load_default(12)
+    pen.text((12, 448), "A user's history, the last two for validation and test:", "black")
+    for n, i in [*enumerate(shown), *enumerate(history, 24)]:
         x, y = 12 + n % 8 * 111, 12 + n // 8 * 145 + n // 24 * 22
         tile = Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((100, 100))
         page.paste(tile if has_image[i] else "#ccc", (x, y, x + 100, y + 100))
-        words = textwrap.fill(names[i], 16, max_lines=2, placeholder="...")
-        pen.text((x, y + 103), words, "black", font)
-    page.save(path.with_name("items.png.partial"), "PNG")
-    os.replace(path.with_name("items.png.partial"), path)
+        pen.text((x, y + 103), textwrap.fill(names[i], 16, max_lines=2, placeholder="..."), 0)
+    page.save(path.with_suffix(".partial"), "PNG")
+    os.replace(path.with_suffix(".partial"), path)
 
 # --- The script ----------------------------------------------------------------------------------
 def main(argv=None):
@@ -428,27 +394,24 @@ def main(argv=None):
         parser.set_defaults(max_items=60, max_users=200)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        low, high = int(name == "k_core"), 1024 if name == "image_size" else 2 ** 32 - 1
-        if isinstance(value, int) and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}.")
-    n, n_users = args.max_items or 1050, args.max_users or 4000
-    if args.dataset == "toy" and n * n_users > 10 ** 8:
-        fail("The toy shop is too large: --max-items times --max-users may be 100,000,000.")
+        if isinstance(value, int) and value not in RANGES.get(name, range(2 ** 32)):
+            fail(f"--{name.replace('_', '-')} {value} is too small or too large.")
+    if args.dataset == "toy" and (args.max_items or 1050) * (args.max_users or 4000) > 10 ** 8:
+        fail("The toy shop ends at 100,000,000 pairs: lower --max-items or --max-users.")
     S = args.image_size or (32 if args.dataset == "toy" else 64)
-    counts, session, truth, folder = Counter(), None, {}, Path(args.dataset).expanduser()
+    counts, session, truth = collections.Counter(), None, {}
     if args.dataset == "toy":
-        events, items, truth = toy_shop(n, n_users, args.seed)
-        find, files = lambda item_id, look: look and draw(look, S), []
+        events, items, truth = toy_shop(args.max_items or 1050, args.max_users or 4000, args.seed)
+        find = lambda item_id, look: look and draw(look, S)
     else:
-        if not folder.is_dir():
+        if not (folder := Path(args.dataset).expanduser()).is_dir():
             if not re.fullmatch(r"[A-Z][A-Za-z_]+", args.dataset):
                 fail(f"{args.dataset} is neither toy, nor a folder here, nor an Amazon category.")
             session, folder = requests.Session(), args.cache.expanduser() / args.dataset
-            session.mount("https://", requests.adapters.HTTPAdapter(WORKERS, WORKERS))
+            session.mount("https://", requests.adapters.HTTPAdapter(FETCHERS, FETCHERS))
             fetch_category(args.dataset, session, args.base_url, folder)
-        events, items, find, files = open_folder(
-            folder, session, [urlsplit(url).netloc for url in args.base_url], counts)
-
+        hosts = [requests.compat.urlsplit(url).netloc for url in args.base_url]
+        events, items, find = open_folder(folder, session, hosts, counts)
     events, offsets, user_ids, item_ids = arrange(*read_events(events, counts), args, counts)
     titles, texts, categories, pictures = read_catalogue(items, item_ids, counts)
     U, N = len(user_ids), len(item_ids)
@@ -459,21 +422,18 @@ def main(argv=None):
     args.run.mkdir(parents=True, exist_ok=True)
     (args.run / "data.pt").unlink(missing_ok=True)      # an old one must not meet new images
     has_image = write_images(args.run / "images.pt", find, item_ids, pictures, S, counts)
-    popular = np.argsort(-train_counts, kind="stable")[:N]  # (N,): the item bought most is the first
-    history = events[offsets[U // 2]:offsets[U // 2 + 1]][-12:]
+    popular = np.argsort(-train_counts, kind="stable")  # (N+1,)
+    history = events[offsets[U // 2]:offsets[U // 2 + 1]][-8:]
     names = [title or item_id for title, item_id in zip(titles, [""] + item_ids)]
     images = torch.load(args.run / "images.pt", weights_only=True, mmap=True)["images"]
-    shown = popular[np.linspace(0, N - 1, min(N, 24)).astype(int)]
+    shown = popular[np.unique(np.linspace(0, N - 1, 24).astype(int))]   # from the most bought on
     draw_sheet(args.run / "items.png", images, has_image, names, shown, history)
     options = {k: v if isinstance(v, (int, str)) else str(v) for k, v in vars(args).items()}
-    meta = {"source": args.dataset, "counts": dict(counts), "options": options, "truth": truth,
-            "sha256": {path.name: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-                       for path in files}}
+    meta = {"source": args.dataset, "counts": dict(counts), "options": options, "truth": truth}
     save({"events": torch.from_numpy(events), "offsets": torch.from_numpy(offsets),
           "titles": titles, "texts": texts, "categories": categories, "has_image": has_image,
           "item_ids": [""] + item_ids, "user_ids": user_ids,
           "train_counts": torch.from_numpy(train_counts).int(), "meta": meta}, args.run / "data.pt")
-
     print("\n".join(f"{reason:40}{number:12,}" for reason, number in counts.items()))
     top_tenth = train_counts[popular[:max(1, N // 10)]].sum() / train_counts.sum()
     hits = np.isin(events[offsets[1:] - 1], popular[:10]).mean()
@@ -481,13 +441,9 @@ def main(argv=None):
           f"{len(events) / N:.1f} an item, density {len(events) / U / N:.3%}; items with a picture "
           f"{has_image.sum() / N:.1%}, a text {sum(map(bool, texts)) / N:.1%}\ntraining events on "
           f"the most popular tenth {top_tenth:.1%}; the top ten for all: Recall@10 {hits:.4f}")
-    print(f"\nitem {history[0]}: {names[history[0]]} | {', '.join(categories[history[0]])} | "
-          f"{'picture' if has_image[history[0]] else 'no picture'} | {texts[history[0]][:150]}")
-    print(f"\nuser {U // 2}, in order of time (the last two are for validation and test):",
-          *(names[i] for i in history), sep="\n  ")
 
 if __name__ == "__main__":
     try:
         main()
     except (OSError, MemoryError, KeyboardInterrupt) as error:      # disk full, read-only, Ctrl-C
-        fail(f"stopped by {error!r}: the same command begins again.")
+        fail(f"stopped ({type(error).__name__} {error}): the same command begins again.")

@@ -61,8 +61,6 @@ def load(path, maker, mmap=False):
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    if os.environ.get("RANK", "0") != "0":
-        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -99,14 +97,12 @@ def join():
     atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # only one prints
+    if dist.get_rank():  # only one prints and writes
+        sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
     return dist.get_rank(), dist.get_world_size()
 
-def add_up(x):  # the sum over all processes, in place: each has seen its share
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
+    return dist.all_reduce(x) or x if dist.is_initialized() else x
 
 def windows(split, offsets, T):
     """What a model sees: slices events[start:start+length], at most T long; start, length: (W,).
@@ -179,27 +175,8 @@ class SASRec(nn.Module):
             x = block(x)
         return self.norm(x)
 
-class FullSoftmax(torch.autograd.Function):
-    """Sum of -log softmax(scores)[target], scores = hidden @ embeddings.T. Its gradient is softmax
-    minus one-hot; it takes the place of the scores (n, N+1), of which autograd keeps three copies.
-    hidden: (n, E), embeddings: (N+1, E), target: (n,)"""
-    @staticmethod
-    def forward(ctx, hidden, embeddings, target):
-        scores = (hidden @ embeddings.T).float()  # (n, N+1)
-        scores[:, 0] = -torch.inf  # padding is never the next item
-        row = torch.arange(len(target), device=target.device)  # (n,)
-        right, largest = scores[row, target], scores.amax(1)  # (n,) both
-        share = torch.softmax(scores, 1, out=scores)  # (n, N+1)
-        loss = largest - share.amax(1).log() - right  # (n,); the first two: log sum exp(scores)
-        share[row, target] -= 1
-        ctx.save_for_backward(share @ embeddings, share.T @ hidden)  # (n, E), (N+1, E)
-        return loss.sum()
-    @staticmethod
-    def backward(ctx, grad):
-        return *(grad * product for product in ctx.saved_tensors), None
-
 def cross_entropy(hidden, embeddings, target, log_q=None):
-    """Next-item loss, the sum of nats: the softmax runs over all items.
+    """Next-item loss, the sum of nats: the softmax runs over all items [4].
     This loss decides every comparison with SASRec. The original trains with binary cross-entropy
     and one sampled negative, and reaches about two thirds of the recall ("Turning Dross into
     Gold", RecSys 2023). With log_q (N+1,), the items' log-frequency in training, the softmax runs
@@ -207,11 +184,11 @@ def cross_entropy(hidden, embeddings, target, log_q=None):
     or popular items, drawn more often, would be pushed down more often (Bengio and Senecal, 2008).
     hidden: (n, E), embeddings: (N+1, E), target: (n,)"""
     if log_q is None:
-        return FullSoftmax.apply(hidden, embeddings, target)
+        return F.cross_entropy((hidden @ embeddings[1:].T).float(), target - 1, reduction="sum")
     drawn = torch.multinomial(log_q.exp(), NEGATIVES, replacement=True)  # (NEGATIVES,)
     # One look-up for both: the gradient of each look-up is as large as the table.
     right, wrong = embeddings[torch.cat([target, drawn])].split([len(target), NEGATIVES])
-    negative = hidden @ wrong.T - log_q[drawn]  # (n, NEGATIVES)
+    negative = hidden @ wrong.T - log_q[drawn]  # (n, NEGATIVES)  [5]
     negative = negative.masked_fill(drawn == target.unsqueeze(1), -torch.inf)  # (n, NEGATIVES)
     positive = (hidden * right).sum(1) - log_q[target]  # (n,)
     return (torch.cat([positive.unsqueeze(1), negative], 1).logsumexp(1) - positive).sum()
@@ -260,7 +237,7 @@ def kmeans(x, K, rng, steps=15):
         codes = nearest(x, codebook)  # (n,)
         members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)
+        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)  [8]
         if len(empty):
             worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
             sums[empty], members[empty] = x[worst], 1
@@ -281,7 +258,7 @@ def quantise(x, codebooks):
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
-        residual = residual - codebook[codes[-1]]  # (n, d)
+        residual = residual - codebook[codes[-1]]  # (n, d)  [7]
     return torch.stack(codes, 1)  # (n, 3)
 
 def number_in_group(group, order):
@@ -305,7 +282,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)
+    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)  [10]
     size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
             for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
     for item in moved.nonzero()[:, 0].tolist():
@@ -317,7 +294,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
             codes[item, l], residual, place = k, residual - C[k], place * K + k
             size[l][place] += 1
         prefix[item] = place
-    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
+    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)  [9]
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
     _, together = prefix[known].unique(return_counts=True)  # (prefixes,)
@@ -351,10 +328,9 @@ def main(argv=None):
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=2, width=16, layers=1)
     args = parser.parse_args(argv)
-    if min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1:
-        fail("--length, --layers, --heads, --batch, --epochs and --top start at 1.")
-    if args.width % args.heads or not 0 <= args.dropout < 1 or args.max_steps < 0 or args.lr <= 0:
-        fail("--width must be a multiple of --heads, --dropout in [0, 1), --lr above 0.")
+    if min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1 or \
+            args.width % args.heads or not 0 <= args.dropout < 1 or args.lr <= 0:
+        fail("Sizes start at 1; --width is a multiple of --heads, 0 <= --dropout < 1, --lr > 0.")
     args.rank, args.world = join()
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     device = torch.device(args.device if args.device != "auto" else
@@ -415,7 +391,7 @@ def main(argv=None):
         ndcg.append(add_up(gain.sum().to(device)).item() / min(U, JUDGES))
         print(f"epoch {epoch:3d}  loss {losses[-1]:.3f}  validation NDCG@10 {ndcg[-1]:.4f}  "
               f"{time.time() - began:.0f} s")
-        if ndcg[-1] >= max(ndcg):
+        if ndcg[-1] >= max(ndcg):  # [6]
             state["best"] = {name: w.cpu().clone() for name, w in model.state_dict().items()}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                   "seconds": time.time() - began, "options": vars(args)}

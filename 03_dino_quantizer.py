@@ -60,8 +60,6 @@ def load(path, maker, mmap=False):
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    if os.environ.get("RANK", "0") != "0":
-        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -98,14 +96,12 @@ def join():
     atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # only one prints
+    if dist.get_rank():  # only one prints and writes
+        sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
     return dist.get_rank(), dist.get_world_size()
 
-def add_up(x):  # the sum over all processes, in place: each has seen its share
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
+    return dist.all_reduce(x) or x if dist.is_initialized() else x
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
 def codebook_size(N):
@@ -127,7 +123,7 @@ def kmeans(x, K, rng, steps=15):
         codes = nearest(x, codebook)  # (n,)
         members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)
+        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)  [8]
         if len(empty):
             worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
             sums[empty], members[empty] = x[worst], 1
@@ -148,7 +144,7 @@ def quantise(x, codebooks):
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
-        residual = residual - codebook[codes[-1]]  # (n, d)
+        residual = residual - codebook[codes[-1]]  # (n, d)  [7]
     return torch.stack(codes, 1)  # (n, 3)
 
 def number_in_group(group, order):
@@ -172,7 +168,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)
+    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)  [10]
     size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
             for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
     for item in moved.nonzero()[:, 0].tolist():
@@ -184,7 +180,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
             codes[item, l], residual, place = k, residual - C[k], place * K + k
             size[l][place] += 1
         prefix[item] = place
-    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
+    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)  [9]
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
     _, together = prefix[known].unique(return_counts=True)  # (prefixes,)
@@ -273,14 +269,14 @@ class ResidualQuantiser(nn.Module):
         z_q = torch.stack([C[c] for C, c in zip(self.codebooks, codes)]).cumsum(0)  # (3, n, E)
         # What levels 1..l leave of z; a mean over d, not a sum: one beta for all widths.
         commitment = (z - z_q).square().mean(2).sum()  # ()
-        return z + (z_q[2] - z).detach(), commitment  # argmin has no gradient: straight through
+        return z + (z_q[2] - z).detach(), commitment  # argmin has no gradient  [14]
     def update(self, residual, rng, decay=DECAY):
         """Centroids follow the mean of their members, dead ones jump to a residual. (n, E)"""
         for members, sums, codebook in zip(self.members, self.sums, self.codebooks):
             code = nearest(residual, codebook)  # (n,)
             members.mul_(decay).add_(torch.bincount(code, minlength=len(members)), alpha=1 - decay)
             sums.mul_(decay).index_add_(0, code, residual, alpha=1 - decay)
-            dead = (members < DEAD).nonzero()[:, 0]  # (dead,)
+            dead = (members < DEAD).nonzero()[:, 0]  # (dead,)  [15]
             chosen = torch.randint(len(residual), dead.shape, generator=rng)  # (dead,)
             sums[dead], members[dead] = residual[chosen], 1
             residual = residual - codebook[code]  # (n, E)
@@ -317,7 +313,7 @@ def dino_loss(p_t, logits):
     over B pictures. p_t: (2, B, O), logits: (V, B, O) -> ()"""
     log_p_s = (logits / STUDENT_TEMP).log_softmax(2)  # (V, B, O)
     pairs = -torch.einsum("tbo,vbo->tv", p_t, log_p_s)  # (2, V)
-    return (pairs.sum() - pairs.diagonal().sum()) / (pairs.numel() - 2)
+    return (pairs.sum() - pairs.diagonal().sum()) / (pairs.numel() - 2)  # [11]
 
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -391,9 +387,9 @@ def main(argv=None):
             views = [crops(x.repeat(len(part), 1, 1, 1), side, scale, part.flatten(0, 1))
                      for part, side, scale in zip(luck.split([2, V - 2]), (size, local), SCALES)]
             with torch.no_grad():
-                out = teacher(views[:1], bf16)[0]  # (2b, O)
+                out = teacher(views[:1], bf16)[0]  # (2b, O)  [13]
                 p_t = ((out - center) / tau_t).softmax(1).unflatten(0, (2, len(x)))  # (2, b, O)
-                center.lerp_(add_up(out.sum(0)) / (2 * B), 1 - CENTER_MOMENTUM)
+                center.lerp_(add_up(out.sum(0)) / (2 * B), 1 - CENTER_MOMENTUM)  # [12]
             logits, z, commitment = forward(views, bf16)  # (V*b, O), (V*b, d), ()
             if quantiser:
                 everyone = torch.zeros(V, B, width, device=device)  # (V, B, d)
@@ -406,7 +402,7 @@ def main(argv=None):
             # Gradients are averaged over processes, but the loss is a sum of parts: times world.
             (world * (loss + BETA * commitment / (V * B))).backward()
             if epoch == 0:  # the prototypes wait until there is something to be like
-                student["head"].last_layer.weight.grad = None
+                student["head"].last_layer.weight.grad = None  # [16]
             nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.step()
             for average, weight in zip(teacher.parameters(), weights):

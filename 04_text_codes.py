@@ -57,8 +57,6 @@ def load(path, maker, mmap=False):
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    if os.environ.get("RANK", "0") != "0":
-        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -120,11 +118,12 @@ def from_file(path, N):
     try:
         x = torch.from_numpy(np.load(path, allow_pickle=False)) if path.suffix == ".npy" else \
             torch.load(path, weights_only=True, map_location="cpu")
+        x = x.detach().to_dense().float() if torch.is_tensor(x) and not x.is_complex() else None
     except Exception as error:
         fail(f"--embeddings {path} cannot be read ({type(error).__name__}): give a .npy or .pt.")
-    if not torch.is_tensor(x) or x.ndim != 2 or len(x) != N or not x.shape[1]:
+    if x is None or x.ndim != 2 or len(x) != N or not x.shape[1]:
         fail(f"--embeddings {path} must be {N} rows of numbers, in data.pt's order: item_ids[1:].")
-    return x.detach().float()
+    return x
 
 def from_endpoint(url, model, texts, batch):
     """Asks an OpenAI-compatible endpoint: POST {model, input: [texts]}
@@ -149,7 +148,7 @@ def from_endpoint(url, model, texts, batch):
         try:
             answer = {row["index"]: row["embedding"] for row in reply.json()["data"]}
             x = torch.tensor([answer[j] for j in range(len(answer))]).float()  # (batch, width)
-        except (ValueError, KeyError, TypeError, RuntimeError):
+        except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
             x = torch.zeros(0)
         if not x.numel() or x.shape != (len(ask["input"]), (vectors or [x])[0].shape[-1]):
             fail(f"--embed-url {url} did not give a vector for each text: check --embed-model.")
@@ -160,6 +159,7 @@ def whiten(x):
     """PCA to at most WHITENED directions, each of variance 1. A language model's vectors lie in a
     narrow cone, a few directions holding most of the variance: k-means would cut those again and
     again, and unlike items would share codes. (n, width) -> (n, d)"""
+    x = x / x.abs().max().clamp(min=1e-38)  # whose squares neither overflow nor vanish
     _, S, V = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     keep = S[:WHITENED] > max(1e-4 * S[0], 1e-6 * x.norm())  # less is rounding
     if not keep.any():  # one item, or all vectors equal
@@ -186,7 +186,7 @@ def kmeans(x, K, rng, steps=15):
         codes = nearest(x, codebook)  # (n,)
         members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)
+        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)  [8]
         if len(empty):
             worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
             sums[empty], members[empty] = x[worst], 1
@@ -207,7 +207,7 @@ def quantise(x, codebooks):
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
-        residual = residual - codebook[codes[-1]]  # (n, d)
+        residual = residual - codebook[codes[-1]]  # (n, d)  [7]
     return torch.stack(codes, 1)  # (n, 3)
 
 def number_in_group(group, order):
@@ -231,7 +231,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)
+    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)  [10]
     size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
             for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
     for item in moved.nonzero()[:, 0].tolist():
@@ -243,7 +243,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
             codes[item, l], residual, place = k, residual - C[k], place * K + k
             size[l][place] += 1
         prefix[item] = place
-    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)
+    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)  [9]
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
     _, together = prefix[known].unique(return_counts=True)  # (prefixes,)
@@ -264,8 +264,8 @@ def main(argv=None):
     add("--embed-model", default="nomic-embed-text", help="model that the endpoint is asked for")
     add("--embed-batch", type=int, default=64, help="texts in one request")
     args = parser.parse_args(argv)
-    if args.embed_batch < 1 or args.embeddings and args.embed_url:
-        fail("--embed-batch starts at 1, and --embeddings and --embed-url exclude each other.")
+    if args.embed_batch < 1 or not 0 <= args.seed < 2 ** 32 or args.embeddings and args.embed_url:
+        fail("--embed-batch starts at 1, --seed at 0; give --embeddings or --embed-url, not both.")
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     torch.manual_seed(args.seed)
     data = load(run / "data.pt", "01_data.py")
@@ -278,8 +278,7 @@ def main(argv=None):
         known = (x != 0).any(1)  # (N+1,); true of NaN too, which is refused below
     items = known.nonzero()[:, 0]  # (n,)
     texts = [texts[i] for i in items]  # n
-    print(f"{len(items)} of {N} items are known, for example: {texts[0][:150]!r}" if len(items) else
-          "Nothing is known of any item: every code is a random place in the tree.")
+    print(f"{len(items)} of {N} items are known, for example: {texts[:1]!r:.150}")
     if not len(items):
         x = torch.zeros(0, 1)  # (n, d)
     elif args.embeddings:
@@ -292,7 +291,7 @@ def main(argv=None):
     if len(bad):
         fail(f"The vector of item {data['item_ids'][bad[0]]} holds NaN or infinity: make it again.")
     if len(items) and (args.embeddings or args.embed_url):
-        x = whiten(x)  # (n, d)
+        x = whiten(x)  # (n, d)  [17]
 
     x, K = x - x.mean(0), codebook_size(N)  # (n, d)
     embeddings = torch.zeros(N + 1, x.shape[1])  # (N+1, d)
@@ -301,8 +300,9 @@ def main(argv=None):
     codes, moved = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, L)
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
           "moved": moved, "options": vars(args)}, run / "text_codes.pt")
-    same = items[codes[items, 0] == codes[items[:1], 0]][:6]  # (at most 6,)
-    print("items of one first code: " + " | ".join(data["titles"][i] for i in same))
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, MemoryError, KeyboardInterrupt) as error:      # read-only, too large, Ctrl-C
+        fail(f"stopped ({type(error).__name__} {error}): the same command begins again.")

@@ -54,8 +54,6 @@ def load(path, maker, mmap=False):
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    if os.environ.get("RANK", "0") != "0":
-        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -92,14 +90,12 @@ def join():
     atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # only one prints
+    if dist.get_rank():  # only one prints and writes
+        sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
     return dist.get_rank(), dist.get_world_size()
 
-def add_up(x):  # the sum over all processes, in place: each has seen its share
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
+    return dist.all_reduce(x) or x if dist.is_initialized() else x
 
 def windows(split, offsets, T):
     """What a model sees: slices events[start:start+length], at most T long; start, length: (W,).
@@ -160,16 +156,16 @@ class Trie:
 def code_losses(logits, codes, items, trie, constrained=True):
     """loss_l = -[z_l(c_l) - log sum_{k in A(c_<l)} exp z_l(k)], summed over n targets -> (L,)
     The softmax may be cut to the children: what continues no real item can never be right, and
-    the tree knows it already. logits: (n, L, K), codes: (n, L), items: (n,)"""
+    the tree knows it already [18]. logits: (n, L, K), codes: (n, L), items: (n,)"""
     barred = [trie.barred(l, trie.path[items, l]) if constrained else 0 for l in range(trie.L)]
     return torch.stack([F.cross_entropy(z + barred[l], codes[:, l], reduction="sum")
                         for l, z in enumerate(logits.float().unbind(1))])  # (L,); z: (n, K)
 
 # --- The model: T5 (RMSNorm first, no biases in linear layers, ReLU, unscaled attention) ---------
 class RelativeBias(nn.Module):
-    """Added to attention scores, a head each: b1[i - j] + b2[slot of query, slot of key].
+    """Added to attention scores, a head each: b1[i - j] + b2[slot of query, slot of key]. [20]
     i and j are the places of the query's and the key's item; a slot is a (modality, level) inside
-    an item. Later items get -inf, so that one pass trains on all prefixes of a history."""
+    an item. Later items get -inf [23], so that one pass trains on all prefixes of a history."""
     def __init__(self, H, query_slots, key_slots):
         super().__init__()
         self.item = nn.Parameter(torch.zeros(H, FARTHEST + 1))
@@ -232,7 +228,7 @@ class Generator(nn.Module):
         self.start_token = D * L * K + D
         self.tokens, self.dropout = nn.Embedding(D * L * K + D + 1, E), nn.Dropout(size.dropout)
         nn.init.normal_(self.tokens.weight, std=TOKEN_SCALE)
-        for d, codebook in enumerate(codebooks):  # codes of similar items start with similar tokens
+        for d, codebook in enumerate(codebooks):  # similar codes start with similar tokens  [22]
             U, S, _ = torch.linalg.svd(codebook.flatten(0, 1), full_matrices=False)
             x = F.pad(U * S, (0, E))[:, :E]  # centroids, along their principal directions; (3K, E)
             self.tokens.weight.data[d * L * K:][:len(x)] = TOKEN_SCALE * x / x.std().clamp(1e-6)
@@ -247,7 +243,7 @@ class Generator(nn.Module):
         if masking:  # hide one modality of some items, as if they lacked it: the others must do
             which = torch.rand(*history.shape, 1, device=history.device) * D / masking  # (B, S, 1)
             hidden = which.long() == torch.arange(D, device=history.device)  # (B, S, D)
-            tokens = torch.where(hidden.unsqueeze(3), self.masks, tokens)  # (B, S, D, L)
+            tokens = torch.where(hidden.unsqueeze(3), self.masks, tokens)  # (B, S, D, L)  [21]
         x = self.dropout(self.tokens(tokens.flatten(1)))  # (B, S * M, E)
         bias = self.encoder_bias(history.shape[1])  # (H, S * M, S * M)
         for layer in self.encoder:
@@ -284,7 +280,7 @@ def beam_search(model, trie, history, beam):
     rows = torch.arange(B, device=device).unsqueeze(1)  # (B, 1)
     for l in range(trie.L):
         z, past = model.decode(token.unsqueeze(2), memory, cross_bias[:, l:l + 1], past)
-        z = (z[:, :, 0].float() + trie.barred(l, node)).log_softmax(-1)  # (B, beams, K)
+        z = (z[:, :, 0].float() + trie.barred(l, node)).log_softmax(-1)  # (B, beams, K)  [19]
         total = (score.unsqueeze(2) + z).flatten(1)  # (B, beams * K)
         score, best = total.topk(min(beam, total.shape[1]))  # (B, beams) both, beams <= beam
         parent, code = best // K, best % K  # (B, beams)
@@ -425,7 +421,7 @@ def main(argv=None):
         ndcg.append(gain.sum(1).mean().item())
         print(f"epoch {epoch:3d}  loss {losses[-1].sum():.3f} = sum {losses[-1].numpy().round(2)}"
               f"  validation NDCG@10 {ndcg[-1]:.4f}  {time.time() - began:.0f} s")
-        if ndcg[-1] >= max(ndcg):
+        if ndcg[-1] >= max(ndcg):  # [6]
             state["best"] = {name: w.cpu().clone() for name, w in model.state_dict().items()}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                   "seconds": time.time() - began, "options": vars(args)}

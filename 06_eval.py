@@ -71,8 +71,6 @@ def load(path, maker, mmap=False):
 
 def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    if os.environ.get("RANK", "0") != "0":
-        return  # of the processes of torchrun only one writes
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -88,7 +86,7 @@ def save(artifact, path):
 def rank_of(target, top):
     """The place of each user's item in the list, from 1; infinite if it is not there.
     target (U,), top (U, top) -> (U,)"""
-    hit = top == target.unsqueeze(1)  # (U, top)
+    hit = top == target.unsqueeze(1)  # (U, top)  [24]
     return torch.where(hit.any(1), hit.float().argmax(1) + 1.0, torch.inf)  # (U,)
 
 def gains(rank):
@@ -146,7 +144,7 @@ def paired_bootstrap(ours, theirs, draws, rng, same_seeds=False):
     """95 % interval of mean(ours) - mean(theirs); each draw resamples users and seeds. Paired: both
     models answer the same users, and models of one seed share its codes, so that what makes either
     easy cancels out (seeds are drawn apart where they differ). A user weighs Poisson(1) in a draw:
-    resampling with replacement. ours, theirs (seeds, U, metrics) -> low, high (2, metrics)"""
+    resampling with replacement [24]. ours, theirs (seeds, U, metrics) -> low, high (2, metrics)"""
     differences = []
     for _ in range(max(1, draws)):
         weight = torch.poisson(torch.ones(ours.shape[1], dtype=torch.double), generator=rng)  # (U,)
@@ -323,11 +321,9 @@ def main(argv=None):
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add("--device", default="auto", help="as in the other scripts; this one computes on the CPU")
-    add("--smoke", action="store_true", help="fewer bootstrap draws")
+    add("--smoke", action="store_true", help="as in the other scripts; nothing to make smaller")
     add("--against", default="sasrec", help="the model that the others are compared with")
     add("--draws", type=int, default=1000, help="of the bootstrap; at least one")
-    if parser.parse_known_args(argv)[0].smoke:
-        parser.set_defaults(draws=50)
     args = parser.parse_args(argv)
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     data = load(run / "data.pt", "01_data.py")
@@ -337,7 +333,7 @@ def main(argv=None):
     popular = {"name": "popularity", "test": popular.int().expand(U, -1), "parameters": N,
                "bytes": 4 * N, "seconds": {"train": 0.0, "predict": 0.0}}
     files = sorted(path for path in run.glob("predictions-*.pt") if "-popularity-" not in path.name)
-    models, rows, widths, nothing = {}, {}, set(), 0  # models: name -> one entry a seed
+    models, rows = {}, {}  # models: name -> one entry a seed
     for path in [None, *files]:
         saved = load(path, "the script that made it", mmap=True) if path else popular
         if not isinstance(saved, dict) or not {"name", "test"} <= saved.keys():
@@ -361,9 +357,7 @@ def main(argv=None):
             "train": seconds.get("train", math.nan),
             "predict": seconds.get("predict", math.nan) * 1000 / U,
             **{key: saved.get(key, math.nan) for key in ("parameters", "bytes", "peak_memory")}})
-        widths, nothing = widths | {top.shape[1]}, nothing + (top == 0).sum().item()
-    print(f"checked: {len(files)} files, {U:,} users x {', '.join(map(str, sorted(widths)))}, "
-          f"every recommended id is a real item, none twice; {nothing:,} places are empty")
+    print(f"checked: {len(files)} files, {U:,} users: all ids are real items, none comes twice")
 
     gain = {m: torch.stack([one["gain"] for one in models[m]]) for m in models}
     for name, seeds in tqdm(models.items(), "bootstrap", leave=False, disable=None):
@@ -426,15 +420,13 @@ def main(argv=None):
         "user's last, among all items.\n",
         markdown(["model", "seeds", *(f"{name}@{k}" for name, k in METRICS),
                   f"Recall@10 - {args.against}", f"NDCG@10 - {args.against}"], quality),
-        f"\n± standard deviation over seeds; [..] 95 % interval of the difference, {args.draws:,} "
-        "paired bootstrap draws over\nusers and seeds. An interval that holds zero: these data do "
-        "not tell the two apart.\n",
+        "\n± standard deviation over seeds; [..] 95 % interval of the difference, paired bootstrap"
+        " over users and\nseeds: where it holds zero, these data do not tell the two apart.\n",
         markdown(["model", *(column for _, column, _, _ in COSTS)], cost), "",
         markdown(["model", *(column for _, column, _, _ in SHOWN),
                   "% Recall@10 by decile of the target's events, rare first"], shown),
-        "\nOf all first tens. items shown: share of the catalogue; Gini: 0 all alike, 1 one item; "
-        "of the top tenth:\nshare of the best-selling tenth of items; their events: in training, "
-        "mean of what is shown.\n",
+        "\nOf all first tens: share of the catalogue; Gini, 0 all alike, 1 one item; share of the "
+        "best-selling tenth;\nmean of the events in training of what is shown.\n",
         markdown(["codes", "items known", "K", "% of K used, levels 1-3", "perplexity",
                   "% items alone after 1, 2, 3", "most items on one prefix", "moved"], code_rows),
         "\n" + markdown(["codes", "and", "NMI of prefixes of 1, 2, 3 levels", "if shuffled",

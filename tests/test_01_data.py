@@ -1,6 +1,6 @@
 """01_data.py: the toy shop keeps its secrets where they belong; the rules hold on any source."""
-import contextlib, csv, gzip, http.server, importlib.util, io, json, os, re
-import subprocess, sys, threading
+import contextlib, csv, gzip, hashlib, http.server, importlib.util, io, json, os, random, re
+import resource, subprocess, sys, threading
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import faults
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "01_data.py"
@@ -267,7 +269,7 @@ def test_pictures_of_all_kinds(tmp_path):
     assert images.shape == (7, 3, 16, 16) and colours[1][0] > 250 and colours[2][1] > 250
     assert colours[4] == [255] * 3 and colours[0] == colours[3] == colours[5] == [0] * 3
     assert sum(n for reason, n in data["meta"]["counts"].items() if "picture lost" in reason) == 2
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["data.pt", "images.pt"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["data.pt", "images.pt", "items.png"]
 
 
 def test_pixelrec_layout(tmp_path):
@@ -365,6 +367,8 @@ def test_category_from_a_server(tmp_path, server, monkeypatch):
     assert data["has_image"].tolist() == [False, True, False, True, True, True, False]
     assert all(images[i, 0].float().mean() > 240 for i in (1, 3, 4, 5))
     assert sum(n for reason, n in data["meta"]["counts"].items() if "picture lost" in reason) == 2
+    made_from = [data["made_from"][f"{name}.jsonl.gz"] for name in ("reviews", "meta")]
+    assert made_from == [hashlib.sha256(part).hexdigest() for part in packed]
     tries = [headers for path, headers in asked if path.endswith("/Tiny_Shop.jsonl.gz")]
     assert len(tries) == 2 and "Range" not in tries[0]
     assert tries[1]["Range"] == f"bytes={len(packed[0]) // 2}-" and tries[1]["If-Range"] == '"v1"'
@@ -379,10 +383,11 @@ def test_category_from_a_server(tmp_path, server, monkeypatch):
 
 @pytest.mark.parametrize("options", [
     ["--dataset", "no/such/folder"], ["--dataset", "nothing"], ["--k-core", "0"],
-    ["--max-items", "-1"], ["--image-size", "-8"],
+    ["--max-items", "-1"], ["--image-size", "-8"], ["--image-size", "1025"], ["--seed", "-1"],
+    ["--seed", str(2 ** 32)], ["--max-items", "30000"], ["--max-users", "100000"],
     ["--dataset", "Tiny_Shop", "--base-url", "http://127.0.0.1:9"], ["--dataset", "."]])
 def test_one_clear_sentence(tmp_path, options, monkeypatch):
-    monkeypatch.setattr(data_script, "RETRY", 0)
+    monkeypatch.setattr(data_script, "PAUSE", 0)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     done = run(tmp_path / "run", *options, ok=False)
@@ -406,6 +411,124 @@ def test_a_broken_file_and_an_empty_core(tmp_path):
     done = run(tmp_path / "run", "--dataset", folder, ok=False)
     assert done.returncode == 2 and "breaks off" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+# --- what hosts, files and disks do (tests/faults.py has more, and takes minutes) ------------------
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(data_script, "PAUSE", 0.01)
+    monkeypatch.setattr(data_script, "PATIENCE", 1)
+    monkeypatch.setattr(data_script, "TIMEOUT", (2, 1))
+    monkeypatch.setitem(data_script.LONGEST, ".gz", 1 << 20)
+    monkeypatch.setitem(data_script.LONGEST, ".jpg", 1 << 20)
+
+
+def category(events, items):
+    return {"review_categories/Shop.jsonl.gz": gzip.compress(b"\n".join(
+                json.dumps(e | {"text": os.urandom(40).hex()}).encode() for e in events)),
+            "meta_categories/meta_Shop.jsonl.gz": gzip.compress(b"\n".join(
+                json.dumps(item).encode() for item in items))}
+
+
+@pytest.mark.parametrize("fault, works", [
+    ("500-once", True), ("429-1-once", True), ("early-once", True), ("norange", True),
+    ("changes", True), ("changesbadly", True), ("500", False), ("403", False), ("html", False),
+    ("loop", False), ("endless", False), ("short", False), ("nolength", False)])
+def test_a_download_is_complete_or_refused(tmp_path, impatient, fault, works):
+    files = category(faults.dense(), [])
+    host = faults.Host(files)
+    done = run(tmp_path / "run", "--dataset", "Shop", "--cache", tmp_path / "cache", "--base-url",
+               f"{host.url}/{fault}", ok=False)
+    host.close()
+    assert (done.returncode, done.stderr.count("\n")) == ((0, 0) if works else (2, 1)), done.stderr
+    assert (tmp_path / "run").exists() == works
+    if works:
+        got = tmp_path / "cache" / "Shop" / "reviews.jsonl.gz"
+        assert got.read_bytes() == files["review_categories/Shop.jsonl.gz"]
+
+
+def test_no_data_file_sends_us_to_a_private_host(tmp_path, impatient):
+    private = faults.Host({"x.jpg": jpeg("red")})
+    files = {"x.jpg": jpeg("red")}
+    host = faults.Host(files, elsewhere=f"{private.url}/ok/x.jpg")
+    urls = [f"{host.url}/ok/x.jpg", f"{host.url}/elsewhere/x.jpg", f"{private.url}/ok/x.jpg",
+            f"http://localhost:{private.port}/ok/x.jpg", f"http://0.0.0.0:{private.port}/ok/x.jpg",
+            f"http://2130706433:{private.port}/ok/x.jpg", f"http://[::1]:{private.port}/ok/x.jpg",
+            f"http://{host.url[7:]}@127.0.0.1:{private.port}/ok/x.jpg", "http://[fe80::1]/x.jpg",
+            "http://169.254.169.254/latest/meta-data", "http://10.0.0.1/x.jpg", "ftp://10.0.0.1/x"]
+    items = [{"parent_asin": f"i{i}", "images": [{"large": url}]} for i, url in enumerate(urls)]
+    files |= category(faults.dense(6, len(urls)), items)
+    run(tmp_path / "run", "--dataset", "Shop", "--cache", tmp_path / "c", "--base-url", f"{host.url}/ok")
+    data, _ = read(tmp_path / "run")
+    has = dict(zip(data["item_ids"], data["has_image"].tolist()))
+    host.close(), private.close()
+    assert [i for i in has if has[i]] == ["i0"] and not private.asked
+    assert sum(n for why, n in data["meta"]["counts"].items() if "lost" in why) == len(urls) - 1
+
+
+def test_hostile_lines_are_dropped_and_counted(tmp_path):
+    rng = random.Random(1)
+    lines = [re.sub(rb"[\r\n]", b"", faults.fuzzed_line(rng)) for _ in range(1500)]
+    ids = ["", None, "x" * 4000, "a\nb", "\ud800", True, 1.5, ["i0"], {}, "../../x", "CON", 7]
+    named = [{"user_id": "u0", "parent_asin": name, "timestamp": 5} for name in ids]
+    times = [{"user_id": "u0", "parent_asin": "i0", "timestamp": t}
+             for t in (-1, 5 * 10 ** 12, float("nan"), float("inf"), None, [], "noon")]
+    folder = faults.shop(tmp_path / "shop", lines + faults.dense(30, 30) + named + times, [
+        {"parent_asin": "i0", "title": "T" * 600_000 + "\x1b[31m", "description": [[[[[["deep"]]]]]]},
+        *(line.replace(b'"user_id"', b'"user"') for line in lines)])
+    run(tmp_path / "run", "--dataset", folder, "--image-size", 8)
+    data, _ = read(tmp_path / "run")
+    counts, N = data["meta"]["counts"], len(data["item_ids"]) - 1
+    reasons = ("well-formed", "no user", "no item", "bad time")
+    read_all = counts["reviews.jsonl: malformed line"] + sum(counts[f"events: {r}"] for r in reasons)
+    assert read_all == len(lines) + 900 + len(named) + len(times)
+    assert counts["events: no item"] >= 9 and counts["events: bad time"] >= 7 and N >= 30
+    assert len(data["titles"][data["item_ids"].index("i0")]) == 500
+    assert not re.search("[\x00-\x1f\x7f\ud800-\udfff]", "".join(data["titles"] + data["texts"]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "shop"]
+
+
+def test_hostile_pictures_are_missing_and_counted(tmp_path):
+    n = 45
+    folder = faults.shop(tmp_path / "shop", faults.dense(5, n), [{"parent_asin": f"i{i}"} for i in range(n)])
+    (folder / "images").mkdir()
+    whole = [faults.fuzzed_picture(i, random.Random(i), folder / "images" / f"i{i}.jpg") for i in range(n)]
+    run(tmp_path / "run", "--dataset", folder, "--image-size", 16)
+    data, _ = read(tmp_path / "run")
+    has = dict(zip(data["item_ids"], data["has_image"].tolist()))
+    assert all(has[f"i{i}"] for i in range(n) if whole[i]) and sum(has.values()) < n
+    assert sum(k for why, k in data["meta"]["counts"].items() if why.startswith("items: p")) == n
+    assert not Path("/tmp/owned").exists(), "PostScript was run"
+
+
+def test_an_endless_line_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setitem(data_script.LONGEST, "line", 1000)
+    folder = faults.shop(tmp_path / "shop", [b"x" * 10_000, *faults.dense()])
+    run(tmp_path / "run", "--dataset", folder)
+    assert read(tmp_path / "run")[0]["meta"]["counts"]["reviews.jsonl: malformed line"] == 11
+
+
+def test_a_full_disk_and_a_run_that_is_a_file(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    done = faults.start(1, "--run", tmp_path / "run", "--smoke", preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large" in done.stderr
+    assert not [*(tmp_path / "run").iterdir()]
+    (tmp_path / "file").touch()
+    done = faults.start(1, "--run", tmp_path / "file", "--smoke")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "file" in done.stderr
+
+
+@pytest.mark.parametrize("items", [3, 30])
+def test_the_sheet_shows_items_and_a_history(tmp_path, items):
+    folder = shop(tmp_path / "shop", dense(6, items), [
+        {"parent_asin": f"i{i}", "title": "A title " * 20} for i in range(items)])
+    (folder / "images").mkdir()
+    (folder / "images" / "i0.jpg").write_bytes(jpeg("red"))
+    run(tmp_path / "run", "--dataset", folder, "--k-core", 3)
+    sheet = np.array(Image.open(tmp_path / "run" / "items.png").convert("RGB"))
+    assert sheet.shape[1] == 900
+    red, grey = (np.abs(sheet.astype(int) - colour).max(2) < 9 for colour in ((254, 0, 0), (204, 204, 204)))
+    assert 10_000 <= red.sum() < 100_000 and grey.sum() >= 40_000
 
 
 # --- real data ----------------------------------------------------------------------------------

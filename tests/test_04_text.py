@@ -200,6 +200,7 @@ def spoil(**keys):
     (lambda number, status, data: (status, data[1:]), "a vector for each text"),
     (lambda number, status, data: (status, data + [{**data[0], "index": 24}]), "a vector for each text"),
     (spoil(index=0), "a vector for each text"),
+    (spoil(embedding=[10 ** 400]), "a vector for each text"),
     (spoil(embedding=[]), "a vector for each text"),
     (spoil(embedding=[[1.0, 2.0]]), "a vector for each text"),
     (spoil(embedding="AAAA"), "a vector for each text"),
@@ -256,7 +257,30 @@ def test_files_of_vectors_that_do_not_fit(tmp_path, capsys):
     assert "FileNotFoundError" in refused(capsys, run, "--embeddings", tmp_path / "nowhere.npy")
 
 
-@pytest.mark.parametrize("options", [["--embed-batch", 0], ["--embeddings", "x.npy", "--embed-url", "http://x"]])
+def test_scale_does_not_matter(tmp_path):
+    """Squares of 1e30 overflow, those of 1e-30 vanish: both must give the codes of the vectors themselves."""
+    run, x = write_run(tmp_path / "run"), np.random.default_rng(0).normal(size=(24, 9))
+    codes = []
+    for scale in (1, 2.0 ** 100, 2.0 ** -100):
+        np.save(tmp_path / "x.npy", x * scale)
+        saved = codes_of(run, "--embeddings", tmp_path / "x.npy")
+        check(saved, 24)
+        codes.append(saved["codes"])
+    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
+
+
+def test_tensors_of_other_kinds(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    torch.save(torch.eye(24).to_sparse(), tmp_path / "sparse.pt")
+    check(codes_of(run, "--embeddings", tmp_path / "sparse.pt"), 24)
+    (run / "text_codes.pt").unlink()
+    np.save(tmp_path / "complex.npy", np.ones((24, 2)) * 1j)
+    assert "24 rows of numbers" in refused(capsys, run, "--embeddings", tmp_path / "complex.npy")
+    (tmp_path / "lies.npy").write_bytes((tmp_path / "complex.npy").read_bytes().replace(b"(24, 2)", b"(9999999, 9999999)"))
+    assert "cannot be read" in refused(capsys, run, "--embeddings", tmp_path / "lies.npy")
+
+
+@pytest.mark.parametrize("options", [["--embed-batch", 0], ["--seed", -1], ["--seed", 2 ** 32], ["--embeddings", "x.npy", "--embed-url", "http://x"]])
 def test_bad_options_are_one_sentence(tmp_path, capsys, options):
     refused(capsys, write_run(tmp_path / "run"), *options)
 
@@ -273,7 +297,7 @@ def test_no_text_at_all(tmp_path, capsys):
         saved = codes_of(run, *options)
         check(saved, 3)
         assert not saved["known"].any() and saved["embeddings"].shape == (4, 1)
-        assert saved["codebooks"].shape == (3, 8, 1) and "Nothing is known" in capsys.readouterr().out
+        assert saved["codebooks"].shape == (3, 8, 1) and "0 of 3 items are known" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("titles", [["one mug"], ["one mug", "", ""], ["mug", "lamp"], ["x", "x", ""]])
