@@ -39,6 +39,7 @@ NEGATIVES = 1024       # items, drawn once a step and shared by its targets
 WARM_UP = 100          # steps in which the learning rate rises to its value
 JUDGES = 20_000        # users whose validation events decide when training stops
 
+# --- Files ---------------------------------------------------------------------------------------
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
 
 def fail(message):
@@ -72,6 +73,7 @@ def save(artifact, path):
         partial.unlink(missing_ok=True)
         fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
+# --- Stopped runs; several processes -------------------------------------------------------------
 def resume(path, args, **parts):
     """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
     new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
@@ -104,6 +106,7 @@ def join():
 def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
     return dist.all_reduce(x) or x if dist.is_initialized() else x
 
+# --- Data: sequences cut from the flat array of events -------------------------------------------
 def windows(split, offsets, T):
     """What a model sees: slices events[start:start+length], at most T long; start, length: (W,).
     Training: inputs whose targets are one event later, each event but a user's first once; a random

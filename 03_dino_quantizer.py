@@ -38,6 +38,7 @@ DECAY, DEAD = 0.95, 0.05    # centroids average ~20 steps; restart below DEAD me
 SCALES, JITTER = ((0.4, 1.0), (0.1, 0.4)), 0.4  # area of global, local crops; change of light
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: public weights expect them
 
+# --- Files ---------------------------------------------------------------------------------------
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
 
 def fail(message):
@@ -71,6 +72,7 @@ def save(artifact, path):
         partial.unlink(missing_ok=True)
         fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
+# --- Stopped runs; several processes -------------------------------------------------------------
 def resume(path, args, **parts):
     """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
     new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
@@ -188,6 +190,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
     return codes.to(torch.int16), moved.sum().item()
 
+# --- Views of a picture --------------------------------------------------------------------------
 def crops(x, size, scale, luck):
     """Views that show `scale` (from, to) of a picture's area, mirrored or not, in other light and
     colours. x: (n, 3, S, S) in 0..1, luck: (n, 8) in -1..1 -> (n, 3, size, size)"""

@@ -35,6 +35,7 @@ SAMPLE = 20_000    # texts whose features and principal directions stand for all
 WHITENED = 128     # principal directions kept of a language model's vectors, at the most
 RETRIES = 50       # failed requests that one run forgives an endpoint, at most four in a row
 
+# --- Files ---------------------------------------------------------------------------------------
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
 
 def fail(message):

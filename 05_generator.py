@@ -32,6 +32,7 @@ TOKEN_SCALE = 0.3  # standard deviation of token embeddings at the start
 WARM_UP, WEIGHT_DECAY = 0.04, 0.01  # share of training in which --lr rises; then a cosine to 0
 JUDGES, FARTHEST = 2000, 31  # users that validate an epoch; distances from FARTHEST on are one
 
+# --- Files ---------------------------------------------------------------------------------------
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
 
 def fail(message):
@@ -65,6 +66,7 @@ def save(artifact, path):
         partial.unlink(missing_ok=True)
         fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
+# --- Stopped runs; several processes -------------------------------------------------------------
 def resume(path, args, **parts):
     """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
     new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
@@ -97,6 +99,7 @@ def join():
 def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
     return dist.all_reduce(x) or x if dist.is_initialized() else x
 
+# --- Data: sequences cut from the flat array of events -------------------------------------------
 def windows(split, offsets, T):
     """What a model sees: slices events[start:start+length], at most T long; start, length: (W,).
     Training: inputs whose targets are one event later, each event but a user's first once; a random
@@ -122,6 +125,7 @@ def equal_length_batches(lengths, tokens):
         batches += group.split(max(1, tokens // int(lengths[group[0]])))
     return [batches[i] for i in torch.randperm(len(batches))]
 
+# --- The prefix tree of all item codes -----------------------------------------------------------
 class Trie:
     """Which codes continue a prefix so that a real item can come of it. From codes (N+1, L), once:
     keys[l]     int64 (nodes_l,)        the prefixes of l codes, each packed into a number, sorted

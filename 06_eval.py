@@ -49,6 +49,7 @@ STYLES = [("#1f3b5c", 30, 0), ("#d55e00", 4, 0), ("#7db8e8", 3, 0), ("#009e73", 
           ("#b35c9e", 3, 180), ("#e0a000", 5, 0), ("#5b3a1e", 6, 0), ("#808080", 4, 20)]  # mark
 GREY = torch.full((3, 1, 1), 208, dtype=torch.uint8)  # instead of a picture
 
+# --- Files ---------------------------------------------------------------------------------------
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
 
 def fail(message):
