@@ -18,7 +18,7 @@ writes  generator-mscgrec.pt
           options      dict                 the options of this run
         predictions-mscgrec-s0.pt           as 06_eval.py describes
 
-On the toy shop: 1.5 minutes, 0.5 GiB (2 cores of an AMD EPYC).
+On the toy shop: 3.3 minutes, 0.5 GiB (2 cores of an AMD EPYC).
 """
 import argparse, atexit, hashlib, math, os, pathlib, resource, signal, sys, time, zipfile
 
