@@ -331,9 +331,9 @@ def main(argv=None):
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=2, width=16, layers=1)
     args = parser.parse_args(argv)
-    if min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1 or \
-            args.width % args.heads or not 0 <= args.dropout < 1 or args.lr <= 0:
-        fail("Sizes start at 1; --width is a multiple of --heads, 0 <= --dropout < 1, --lr > 0.")
+    if (min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1 or
+        args.width % args.heads or not 0 <= args.dropout < 1 or args.lr <= 0 or args.max_steps < 0):
+        fail("Sizes start at 1, --lr is above 0, --dropout in [0, 1), --heads must divide --width.")
     args.rank, args.world = join()
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     device = torch.device(args.device if args.device != "auto" else
@@ -350,7 +350,7 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     log_q = (counts / counts.sum()).log().to(device) if N > SAMPLED_FROM else None  # (N+1,)
     judges = torch.randperm(U)[:JUDGES][args.rank::args.world]  # (judges,): a process's share
-    truth = data["events"][data["offsets"][1:] - 2]  # (U,)
+    truth = data["events"][data["offsets"][1 + judges] - 2].unsqueeze(1)  # (judges, 1)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.name}: {parameters:,} parameters; a uniform guess has loss {math.log(N):.3f}")
     checkpoint = run / f"{args.name}.checkpoint"
@@ -389,8 +389,7 @@ def main(argv=None):
             hours = (time.time() - began) / 3600 * len(batches) / step
             return print(f"{step} steps; an epoch has {len(batches):,}: {hours:.2f} hours")
         shown = recommend(model, data, "valid", judges, T, min(10, N), device)[0]  # (judges, 10)
-        hit = shown == truth[judges].unsqueeze(1)  # (judges, 10)
-        gain = hit / torch.log2(2.0 + torch.arange(hit.shape[1]))  # (judges, 10)
+        gain = (shown == truth) / torch.log2(2.0 + torch.arange(shown.shape[1]))  # (judges, 10)
         ndcg.append(add_up(gain.sum().to(device)).item() / min(U, JUDGES))
         print(f"epoch {epoch:3d}  loss {losses[-1]:.3f}  validation NDCG@10 {ndcg[-1]:.4f}  "
               f"{time.time() - began:.0f} s")

@@ -339,9 +339,8 @@ def main(argv=None):
         parser.set_defaults(epochs=1, width=16, layers=1, heads=2, inner=32)
     args = parser.parse_args(argv)
     run, history = pathlib.Path(args.run), []
-    weights_file = run / f"generator-{args.name}.pt"
     if args.history is not None:  # the model as it was trained
-        saved = load(weights_file, "this script without --history")["options"]
+        saved = load(run / f"generator-{args.name}.pt", "this script without --history")["options"]
         vars(args).update(saved | {"run": args.run, "history": args.history})
     modalities = args.modalities.split(",")
     if args.target not in modalities or min(args.length, args.width, args.layers, args.heads,
@@ -368,7 +367,7 @@ def main(argv=None):
     trie = Trie(codes, K)
     parameters = sum(p.numel() for p in model.parameters())
     if args.history is not None:
-        model.load_state_dict(load(weights_file, "this script")["weights"])
+        model.load_state_dict(load(run / f"generator-{args.name}.pt", "this script")["weights"])
         names = [f"{title} [{key}]" for title, key in zip(data["titles"], data["item_ids"])]
         for part in args.history.split(";" if ";" in args.history else ","):
             found = [i for i, name in enumerate(names) if part.strip().lower() in name.lower()]
@@ -432,7 +431,7 @@ def main(argv=None):
         save(state, checkpoint)
     model.load_state_dict(state["best"])
     save({"weights": state["best"], "losses": torch.stack(losses), "ndcg": torch.tensor(ndcg),
-          "seconds": state["seconds"], "options": vars(args)}, weights_file)
+          "seconds": state["seconds"], "options": vars(args)}, run / f"generator-{args.name}.pt")
     valid, _ = recommend(model, trie, data, "valid", torch.arange(U), args, device)
     began = time.time()
     test, scores = recommend(model, trie, data, "test", torch.arange(U), args, device)

@@ -147,7 +147,7 @@ def paired_bootstrap(ours, theirs, draws, rng, same_seeds=False):
     easy cancels out (seeds are drawn apart where they differ). A user weighs Poisson(1) in a draw:
     resampling with replacement [24]. ours, theirs (seeds, U, metrics) -> low, high (2, metrics)"""
     differences = []
-    for _ in range(max(1, draws)):
+    for _ in range(draws):
         weight = torch.poisson(torch.ones(ours.shape[1], dtype=torch.double), generator=rng)  # (U,)
         means, seeds = [], None
         for side in (ours, theirs):
@@ -324,8 +324,10 @@ def main(argv=None):
     add("--device", default="auto", help="as in the other scripts; this one computes on the CPU")
     add("--smoke", action="store_true", help="as in the other scripts; nothing to make smaller")
     add("--against", default="sasrec", help="the model that the others are compared with")
-    add("--draws", type=int, default=1000, help="of the bootstrap; at least one")
+    add("--draws", type=int, default=1000, help="of the bootstrap")
     args = parser.parse_args(argv)
+    if args.draws < 1:
+        fail("--draws starts at 1.")
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     data = load(run / "data.pt", "01_data.py")
     N, U = len(data["item_ids"]) - 1, len(data["user_ids"])

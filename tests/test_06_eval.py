@@ -204,6 +204,8 @@ def test_one_seed_counts_once(tmp_path, capsys):
 def test_nothing_to_compare_is_one_sentence(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     assert "01_data.py" in refused(capsys, tmp_path / "run")
+    run = write_run(tmp_path / "run", [4, 8])
+    assert "--draws" in refused(capsys, run, "--draws", "0")
 
 
 def test_popularity_needs_no_file_and_none_of_an_old_run_disturbs_it(tmp_path):
