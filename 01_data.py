@@ -45,7 +45,6 @@ LONGEST = {".gz": 100 << 30, ".jpg": 50 << 20, "line": 1 << 24}     # bytes; no 
 RANGES = {"k_core": range(1, 10 ** 6), "image_size": range(1025)}
 TIMES = range(4_102_444_800_000)    # from 1970 to 2100 in milliseconds; seconds and ranks are too
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
@@ -55,10 +54,9 @@ def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(artifact | {"made_from": MADE_FROM}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(artifact | {"made_from": MADE_FROM}, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
         partial.unlink(missing_ok=True)
@@ -266,7 +264,7 @@ def open_folder(folder, session, hosts, counts):
 def k_core(user, item, k):
     """Drops users and items with too few events until none is left. -> the events that stay."""
     kept, before = np.arange(len(user)), -1
-    while len(kept) != before:
+    while len(kept) != before:              # [3]
         before, u, i = len(kept), user[kept], item[kept]
         kept = kept[(np.bincount(u)[u] >= max(k, MIN_EVENTS)) & (np.bincount(i)[i] >= k)]
     return kept
@@ -281,7 +279,7 @@ def arrange(user, item, time, user_ids, item_ids, args, counts):
     """Order, repeats, sample, k-core. -> events int32 (events), offsets int64 (U+1), both ids."""
     rng = np.random.default_rng(args.seed)
     ties = np.arange(len(user)) if args.ties == "file" else rng.permutation(len(user))
-    order = np.lexsort((ties, time, user))              # order in the file can leak the test item
+    order = np.lexsort((ties, time, user))              # file order can leak the test item [1]
     user, item = user[order].astype(np.int64), item[order]
     def keep(reason, chosen):
         nonlocal user, item
@@ -416,12 +414,14 @@ def main(argv=None):
     titles, texts, categories, pictures = read_catalogue(items, item_ids, counts)
     U, N = len(user_ids), len(item_ids)
     last_two = np.concatenate([offsets[1:] - 1, offsets[1:] - 2])  # (2U,)
-    train_counts = np.bincount(np.delete(events, last_two), minlength=N + 1)  # (N+1,)
+    train_counts = np.bincount(np.delete(events, last_two), minlength=N + 1)  # (N+1,)  [2]
     truth = {name: [-1] + [of[int(i[4:])] for i in item_ids] for name, of in truth.items()}
 
     args.run.mkdir(parents=True, exist_ok=True)
     (args.run / "data.pt").unlink(missing_ok=True)      # an old one must not meet new images
     has_image = write_images(args.run / "images.pt", find, item_ids, pictures, S, counts)
+    with open(args.run / "images.pt", "rb") as file:    # data.pt belongs to these pictures
+        MADE_FROM["images.pt"] = hashlib.file_digest(file, "sha256").hexdigest()
     popular = np.argsort(-train_counts, kind="stable")  # (N+1,)
     history = events[offsets[U // 2]:offsets[U // 2 + 1]][-8:]
     names = [title or item_id for title, item_id in zip(titles, [""] + item_ids)]

@@ -41,7 +41,6 @@ JUDGES = 20_000        # users whose validation events decide when training stop
 
 # --- Files ---------------------------------------------------------------------------------------
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
@@ -64,10 +63,9 @@ def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(artifact | {"made_from": MADE_FROM}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(artifact | {"made_from": MADE_FROM}, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
         partial.unlink(missing_ok=True)
@@ -82,10 +80,9 @@ def resume(path, args, **parts):
         return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
     state, now = load(path, "this script with --fresh"), vars(args)
     del MADE_FROM[path.name]  # results are not made from it
-    for name in state["options"].keys() - {"run", "device", "rank", "fresh"}:
-        if state["options"][name] != now[name]:
-            fail(f"{path} was begun with --{name} {state['options'][name]}, now it is {now[name]}: "
-                 "go on with the same, or start over with --fresh.")
+    for name, then in state["options"].items():
+        if name not in ("run", "device", "rank", "fresh") and then != now[name]:
+            fail(f"{path} began with --{name} {then}, not {now[name]}: go on so, or use --fresh.")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state
@@ -102,7 +99,6 @@ def join():
     if dist.get_rank():  # only one prints and writes
         sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
     return dist.get_rank(), dist.get_world_size()
-
 def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
     return dist.all_reduce(x) or x if dist.is_initialized() else x
 
@@ -300,8 +296,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)  [9]
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
-    _, together = prefix[known].unique(return_counts=True)  # (prefixes,)
-    alone = (together == 1).sum() / max(1, len(prefix[known]))  # ()
+    alone = (prefix[known].unique(return_counts=True)[1] == 1).sum() / known.sum().clamp(1)  # ()
     print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
     return codes.to(torch.int16), moved.sum().item()
 

@@ -37,7 +37,6 @@ RETRIES = 50       # failed requests that one run forgives an endpoint, at most 
 
 # --- Files ---------------------------------------------------------------------------------------
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
@@ -60,10 +59,9 @@ def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(artifact | {"made_from": MADE_FROM}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(artifact | {"made_from": MADE_FROM}, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
         partial.unlink(missing_ok=True)
@@ -247,8 +245,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)  [9]
     codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
     codes[0] = -1
-    _, together = prefix[known].unique(return_counts=True)  # (prefixes,)
-    alone = (together == 1).sum() / max(1, len(prefix[known]))  # ()
+    alone = (prefix[known].unique(return_counts=True)[1] == 1).sum() / known.sum().clamp(1)  # ()
     print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
     return codes.to(torch.int16), moved.sum().item()
 

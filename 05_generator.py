@@ -7,7 +7,7 @@ runs only over codes that continue a real item (constrained sequence learning; M
 
     python 05_generator.py                                               # MSCGRec
     python 05_generator.py --name tiger --modalities text --target text  # TIGER-like: text alone
-    python 05_generator.py --history "part of a title, another title"    # what does it recommend?
+    python 05_generator.py --history "part of a title, another title"    # and then? history.png
 
 reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
 writes  generator-mscgrec.pt
@@ -20,12 +20,13 @@ writes  generator-mscgrec.pt
 
 On the toy shop: 3.3 minutes, 0.5 GiB (2 cores of an AMD EPYC).
 """
-import argparse, atexit, hashlib, math, os, pathlib, resource, signal, sys, time, zipfile
+import argparse, atexit, hashlib, math, os, pathlib, resource, signal, sys, textwrap, time, zipfile
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 TOKEN_SCALE = 0.3  # standard deviation of token embeddings at the start
@@ -34,7 +35,6 @@ JUDGES, FARTHEST = 2000, 31  # users that validate an epoch; distances from FART
 
 # --- Files ---------------------------------------------------------------------------------------
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
@@ -57,10 +57,9 @@ def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(artifact | {"made_from": MADE_FROM}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(artifact | {"made_from": MADE_FROM}, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
         partial.unlink(missing_ok=True)
@@ -75,10 +74,9 @@ def resume(path, args, **parts):
         return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
     state, now = load(path, "this script with --fresh"), vars(args)
     del MADE_FROM[path.name]  # results are not made from it
-    for name in state["options"].keys() - {"run", "device", "rank", "fresh"}:
-        if state["options"][name] != now[name]:
-            fail(f"{path} was begun with --{name} {state['options'][name]}, now it is {now[name]}: "
-                 "go on with the same, or start over with --fresh.")
+    for name, then in state["options"].items():
+        if name not in ("run", "device", "rank", "fresh") and then != now[name]:
+            fail(f"{path} began with --{name} {then}, not {now[name]}: go on so, or use --fresh.")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state
@@ -95,7 +93,6 @@ def join():
     if dist.get_rank():  # only one prints and writes
         sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
     return dist.get_rank(), dist.get_world_size()
-
 def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
     return dist.all_reduce(x) or x if dist.is_initialized() else x
 
@@ -343,11 +340,10 @@ def main(argv=None):
         saved = load(run / f"generator-{args.name}.pt", "this script without --history")["options"]
         vars(args).update(saved | {"run": args.run, "history": args.history})
     modalities = args.modalities.split(",")
-    if args.target not in modalities or min(args.length, args.width, args.layers, args.heads,
-            args.head, args.inner, args.batch, args.epochs, args.beam, args.max_steps + 1) < 1:
-        fail(f"--target must be one of --modalities {args.modalities}, and sizes start at 1.")
-    if not (0 <= args.masking <= 1 and 0 <= args.dropout < 1 and args.lr > 0):
-        fail("--masking must be in [0, 1], --dropout in [0, 1), --lr above 0.")
+    if not (args.target in modalities and args.lr > 0 and 0 <= args.masking <= 1 > args.dropout >= 0
+            and min(args.length, args.width, args.layers, args.heads, args.head, args.inner,
+                    args.batch, args.epochs, args.beam, args.max_steps + 1) > 0):
+        fail("--target is one of --modalities, sizes start at 1, --lr above 0, shares end below 1.")
     device = torch.device(args.device if args.device != "auto" else
                           torch.accelerator.current_accelerator(check_available=True) or "cpu")
     args.rank, args.world = join()
@@ -364,8 +360,7 @@ def main(argv=None):
     target = modalities.index(args.target)
     model = Generator(codes, known, target, [s["codebooks"] for s in sources], args).to(device)
     codes = codes[:, target].to(device)  # (N+1, L)
-    trie = Trie(codes, K)
-    parameters = sum(p.numel() for p in model.parameters())
+    trie, parameters = Trie(codes, K), sum(p.numel() for p in model.parameters())
     if args.history is not None:
         model.load_state_dict(load(run / f"generator-{args.name}.pt", "this script")["weights"])
         names = [f"{title} [{key}]" for title, key in zip(data["titles"], data["item_ids"])]
@@ -378,6 +373,13 @@ def main(argv=None):
         history = torch.tensor([history[-args.length:]], device=device)  # (1, S)
         best, score = beam_search(model.eval(), trie, history, args.beam)  # (1, beam) both
         found = [f"{100 * s.exp():5.1f} %  {names[i]}" for i, s in zip(best[0], score[0])][:10]
+        images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
+        pen = ImageDraw.Draw(page := Image.new("RGB", (1005, 260), "white"))
+        for n, i in [*enumerate(history[0, -10:].tolist()), *enumerate(best[0, :10].tolist(), 10)]:
+            x, y = 5 + n % 10 * 100, 5 + n // 10 * 130  # above the history, below what follows
+            page.paste(Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((95, 95)), (x, y))
+            pen.text((x, y + 97), textwrap.fill(names[i], 16, max_lines=2, placeholder=".."), 0)
+        page.save(run / "history.png")
         return print("after", *(names[i] for i in history[0]), "it recommends", *found, sep="\n")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     parallel = model if args.world == 1 else \
@@ -393,13 +395,13 @@ def main(argv=None):
         start, length = windows("train", data["offsets"], args.length)  # (W,) both
         batches = equal_length_batches(length, args.batch * args.world)
         model.train()
-        total, seen = torch.zeros(L, device=device), 0  # (L,)
-        todo = batches[:args.max_steps or None]
+        todo, seen = batches[:args.max_steps or None], 0
+        total = torch.zeros(L, device=device)  # (L,)
         for i, batch in enumerate(tqdm(todo, f"epoch {epoch}", leave=False, disable=None)):
             S = int(length[batch[0]])
             done = (epoch + i / len(batches)) / args.epochs  # 0 to 1
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
+            lr = args.lr * min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
+            optimizer.param_groups[0]["lr"] = lr
             share = start[batch[args.rank::args.world], None]  # (B, 1), of this process
             events = data["events"][share + torch.arange(S + 1)].long().to(device)  # (B, S+1)
             items = events[:, 1:].flatten()  # (B * S,)
@@ -432,10 +434,10 @@ def main(argv=None):
     model.load_state_dict(state["best"])
     save({"weights": state["best"], "losses": torch.stack(losses), "ndcg": torch.tensor(ndcg),
           "seconds": state["seconds"], "options": vars(args)}, run / f"generator-{args.name}.pt")
-    valid, _ = recommend(model, trie, data, "valid", torch.arange(U), args, device)
-    began = time.time()
-    test, scores = recommend(model, trie, data, "test", torch.arange(U), args, device)
+    everyone, began = torch.arange(U), time.time()  # (U,)
+    test, scores = recommend(model, trie, data, "test", everyone, args, device)  # (U, beam) both
     predict, peak = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    valid, _ = recommend(model, trie, data, "valid", everyone, args, device)  # (U, beam)
     size = sum(t.nbytes for t in [*model.parameters(), *trie.keys, *trie.allowed, trie.leaf_item])
     save({"name": args.name, "seed": args.seed, "valid": valid, "test": test, "scores": scores,
           "seconds": {"train": state["seconds"], "predict": predict}, "parameters": parameters,

@@ -51,7 +51,6 @@ GREY = torch.full((3, 1, 1), 208, dtype=torch.uint8)  # instead of a picture
 
 # --- Files ---------------------------------------------------------------------------------------
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
     print(message, file=sys.stderr)
@@ -74,10 +73,9 @@ def save(artifact, path):
     """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(artifact | {"made_from": MADE_FROM}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(artifact | {"made_from": MADE_FROM}, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
         partial.unlink(missing_ok=True)

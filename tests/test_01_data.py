@@ -22,6 +22,7 @@ spec.loader.exec_module(data_script)
 def run(run_dir, *options, ok=True):
     """In this process, which saves the seconds of importing torch."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    data_script.MADE_FROM.clear()  # a new process has read nothing yet
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             data_script.main(["--run", str(run_dir), *map(str, options)])

@@ -4,10 +4,13 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, run_script
+from PIL import Image
 
 MOVIES = ROOT.parent / "shared" / "data" / "movietweetings-2013"
 
@@ -180,6 +183,8 @@ def test_history_prints_titles(smoke):
     shown = run_script(5, "--run", run, "--smoke", "--history", f"{data['item_ids'][3]}; {data['item_ids'][5].upper()}")
     assert shown.returncode == 0, shown.stderr
     assert data["titles"][3] in shown.stdout and "%" in shown.stdout
+    with Image.open(run / "history.png") as page:  # the two given above, what comes next below
+        assert page.width > 900 and page.crop((5, 5, 100, 100)).getcolors(10) is None
     unclear = run_script(5, "--run", run, "--smoke", "--history", "no such title")
     assert unclear.returncode == 2 and "0 titles have" in unclear.stderr
 
@@ -193,7 +198,7 @@ def test_ablations_and_other_targets_run(smoke):
         assert process.returncode == 0, process.stderr
         assert load(run / f"predictions-{name}-s0.pt")["test"].min() >= 1
     wrong = run_script(5, "--run", run, "--smoke", "--modalities", "text", "--target", "image")
-    assert wrong.returncode == 2 and "--target must be one of --modalities" in wrong.stderr
+    assert wrong.returncode == 2 and "--target is one of --modalities" in wrong.stderr
 
 
 def test_ids_only_data_runs_through(tmp_path):
@@ -203,7 +208,7 @@ def test_ids_only_data_runs_through(tmp_path):
     data, images = load(run / "data.pt"), load(run / "images.pt")
     N = len(data["item_ids"]) - 1
     data |= {"titles": [""] * (N + 1), "texts": [""] * (N + 1), "categories": [[] for _ in range(N + 1)]}
-    data["has_image"][:] = False
+    data["has_image"][:], data["made_from"] = False, {}  # of the pictures that are blanked here
     images["images"][:] = 0
     torch.save(data, run / "data.pt")
     torch.save(images, run / "images.pt")
@@ -211,6 +216,14 @@ def test_ids_only_data_runs_through(tmp_path):
         process = run_script(number, "--run", run, "--smoke")
         assert process.returncode == 0, process.stderr
     assert not load(run / "text_codes.pt")["known"].any()
+
+
+def test_questions_are_answered(smoke):
+    """The long parts are run by hand; these two ask models that are there."""
+    process = subprocess.run([sys.executable, ROOT / "tests" / "questions.py", "ceiling", "missing", "--run", smoke[0]],
+                             capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "| collab " in process.stdout and "| mscgrec " in process.stdout and "exhaustive" in process.stdout
 
 
 @pytest.mark.skipif(not (MOVIES.exists() or os.environ.get("CI")),

@@ -72,6 +72,10 @@ def test_files_that_do_not_belong_together_are_refused(smoke, tmp_path):
     process = run_script(5, "--run", run, "--smoke")
     assert process.returncode == 2 and "image_codes.pt was made from another" in process.stderr
     assert "data.pt" in process.stderr and not list(run.glob("generator*"))
+    shutil.copy(smoke[0] / "data.pt", run)  # as many items, other pictures
+    process = run_script(3, "--run", run, "--smoke")
+    assert process.returncode == 2 and "data.pt was made from another" in process.stderr
+    assert "images.pt" in process.stderr and not (run / "dino.pt").exists()
 
 
 class Bomb:
