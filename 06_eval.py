@@ -209,7 +209,7 @@ def chart(path, columns, panels):
             mark = mark if kind == "lines" else (4, 0)
             x, y = left + i % keys * 275, top + 64 + i // keys * 34
             draw.regular_polygon((x + 12, y, 12), *mark, ink)
-            draw.text((x + 32, y), name, "black", font, "lm")
+            draw.text((x + 32, y), cut(name, 240, 24, 1), "black", font, "lm")
             if kind == "lines":
                 draw.line([place(x, y) for x, y, _ in some], ink, 4)
                 for x, y, _ in some[::math.ceil(len(some) / 15)]:
@@ -219,7 +219,8 @@ def chart(path, columns, panels):
                 x += (2 * i + 1 - len(series)) * half
                 draw.rectangle((place(x - half, y), place(x + half, low)), ink, "black", 2)
                 draw.line((place(x, y - e), place(x, y + e)), "black", 5)
-                draw.text(place(x, y + e), f"{y:.{3 * (most < 2)}f}", "black", font, "md")
+                if wide * half > 26 * len(labels):  # there is room for its number
+                    draw.text(place(x, y + e), f"{y:.{3 * (most < 2)}f}", "black", font, "md")
     canvas.reduce(2).save(path)
 
 def sheet(path, rows, data, images):

@@ -2,6 +2,7 @@
 
     python tests/questions.py rows --run runs/films --seeds 0 1 2        # the README's tables: all models, every seed
     python tests/questions.py ablations --run runs/films --seeds 0 1 2   # a part of the method less, one at a time
+    python tests/questions.py fusion --run runs/films --seeds 0 1 2      # SASRec's and MSCGRec's lists in one
     python tests/questions.py ceiling missing --run runs/films           # of the models that lie in the run
     python tests/questions.py unseen --run runs/toy                      # items that no training event shows
     python tests/questions.py growth                                     # costs by the size of the catalogue
@@ -31,7 +32,8 @@ ABLATIONS = {"no-image": ["--modalities", "text,collab"], "no-text": ["--modalit
              "only-image": ["--modalities", "image", "--target", "image"],
              "only-text": ["--modalities", "text", "--target", "text"], "only-collab": ["--modalities", "collab"],
              "to-text": [*FULL, "text"], "to-image": [*FULL, "image"], "plain-softmax": ["--unconstrained"],
-             "no-masking": ["--masking", "0"], "plain-dino": ["--modalities", "plain,text,collab"],
+             "no-masking": ["--masking", "0"], "bf16": ["--precision", "bf16"],
+             "plain-dino": ["--modalities", "plain,text,collab"],
              "raw-pixels": ["--modalities", "pixels,text,collab"], "no-distance": [], "no-slots": []}
 
 
@@ -67,13 +69,13 @@ def lacking(run, seed, names):
     return [name for name in names if not (run / f"predictions-{name}-s{seed}.pt").exists()]
 
 
-def rows(run, seeds, only):
+def rows(run, seeds, only, epochs):
     """SASRec, SASRec with content, MSCGRec, its row with other codes, and the TIGER-like model, with each seed."""
     for seed in seeds:
         if todo := lacking(run, seed, only or ROWS):
             prepare(run, seed, CODES)
         for name in todo:
-            call(5, "--run", run, "--seed", seed, "--name", name, *ROWS[name])
+            call(5, "--run", run, "--seed", seed, "--epochs", epochs, "--name", name, *ROWS[name])
     call(6, "--run", run)
 
 
@@ -98,7 +100,7 @@ def more_codes(run, seed):
                run / "pixels_codes.pt")
 
 
-def ablations(run, seeds, only):
+def ablations(run, seeds, only, epochs):
     """MSCGRec with one part less. Position biases are held at 0 from here: 05 has no option for that."""
     for seed in seeds:
         if todo := lacking(run, seed, only or ("mscgrec", *ABLATIONS)):
@@ -106,7 +108,7 @@ def ablations(run, seeds, only):
         if {"plain-dino", "raw-pixels"} & set(todo):
             more_codes(run, seed)
         for name in todo:
-            options = ["--run", run, "--seed", seed, "--name", name, *ABLATIONS.get(name, [])]
+            options = ["--run", run, "--seed", seed, "--epochs", epochs, "--name", name, *ABLATIONS.get(name, [])]
             if name not in ("no-distance", "no-slots"):
                 call(5, *options)
                 continue
@@ -120,6 +122,31 @@ def ablations(run, seeds, only):
             g.RelativeBias = Without
             g.main([str(option) for option in options])
     call(6, "--run", run, "--against", "mscgrec")
+
+
+def fuse(lists, k=20):
+    """Reciprocal rank fusion (Cormack et al., SIGIR 2009): an item's score is the sum of 1 / (k + rank) over the lists
+    that hold it; k was chosen on validation. Lists of (U, top), best first, 0: none -> (U, top)"""
+    top = lists[0].shape[1]
+    items = torch.cat(lists, 1).long()  # (U, all)
+    points = (1 / (k + torch.arange(top))).repeat(len(lists)) * (items > 0)  # (U, all)
+    same = items.unsqueeze(2) == items.unsqueeze(1)  # (U, all, all)
+    score = (same * points.unsqueeze(1)).sum(2)  # (U, all)
+    score[(same.tril(-1)).any(2)] = -1  # only an item's first place counts
+    return items.gather(1, score.topk(top).indices).int()  # (U, top)
+
+
+def fusion(run, seeds, only, epochs):
+    """Two models' lists in one: SASRec and MSCGRec; and, to compare, SASRec and its second row."""
+    for seed in seeds:
+        for names in (("sasrec", "mscgrec"), ("sasrec", "sasrec-content")):
+            paths = [run / f"predictions-{name}-s{seed}.pt" for name in names]
+            if all(path.exists() for path in paths):
+                lists = [load(path) for path in paths]
+                new = {split: fuse([one[split] for one in lists]) for split in ("valid", "test")}  # (U, top) each
+                name = "+".join(names)
+                torch.save({"name": name, "seed": seed, **new}, run / f"predictions-{name}-s{seed}.pt")
+    call(6, "--run", run)
 
 
 # --- Questions to models that lie in the run --------------------------------------------------------------------------
@@ -138,7 +165,7 @@ def generator(run, name, hidden=()):
     return g, model, g.Trie(codes[:, target], books[0].shape[1]), args
 
 
-def missing(run, seeds, only):
+def missing(run, seeds, only, epochs):
     """Test histories without a modality, of models trained with masking and (row no-masking) without."""
     data, answers = load(run / "data.pt"), []
     everyone = torch.arange(len(data["user_ids"]))
@@ -155,7 +182,7 @@ def missing(run, seeds, only):
     table(["Recall@10", "all", *(f"no {m} at test time" for m in MODALITIES)], answers)
 
 
-def ceiling(run, seeds, only):
+def ceiling(run, seeds, only, epochs):
     """What codes can tell apart: SASRec's own recall if all items that share a prefix get its mean score (ties at
     random), and how many of the generator's first tens by exhaustive scoring the beam finds."""
     data, saved = load(run / "data.pt"), load(run / "sasrec.pt")
@@ -191,7 +218,7 @@ def ceiling(run, seeds, only):
     print(f"200 users: {found:.1%} of the first ten by exhaustive scoring are among the first ten of beam {args.beam}")
 
 
-def unseen(run, seeds, only):
+def unseen(run, seeds, only, epochs):
     """A twentieth of the items lose all events but those to be found; the models are trained without them."""
     target_of = {"sasrec": None, "to-collab": "collab", "to-text": "text", "to-image": "image"}
     data, totals = load(run / "data.pt"), {}
@@ -222,7 +249,7 @@ def unseen(run, seeds, only):
         rare = held[events[offsets[1:] - 1].long()]  # (U,): users whose item to be found is unseen
         for name, target in target_of.items():
             if target:
-                call(5, "--run", folder, "--seed", seed, "--name", name, "--target", target)
+                call(5, "--run", folder, "--seed", seed, "--epochs", epochs, "--name", name, "--target", target)
             hit = hits(load(folder / f"predictions-{name}-s{seed}.pt")["test"], new)  # (U,)
             totals.setdefault(name, []).append(torch.stack([hit[rare].mean(), hit[~rare].mean()]))
     print(f"{int(rare.sum())} of {len(rare)} users (last seed) are to find an unseen item; chance {10 / N:.4f}")
@@ -230,7 +257,7 @@ def unseen(run, seeds, only):
           [[name, *(f"{x:.4f}" for x in torch.stack(some).mean(0))] for name, some in totals.items()])
 
 
-def growth(run, seeds, only):
+def growth(run, seeds, only, epochs):
     """Default sizes, random codes: what an item costs, and what a recommendation costs."""
     g, s, answers = script(5), script(2), []
     args = argparse.Namespace(width=64, layers=2, heads=4, head=16, inner=256, dropout=0.1)
@@ -254,17 +281,18 @@ def growth(run, seeds, only):
 
 
 def main():
-    parts = {f.__name__: f for f in (rows, ablations, ceiling, missing, unseen, growth)}
+    parts = {f.__name__: f for f in (rows, ablations, fusion, ceiling, missing, unseen, growth)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="+", choices=parts)
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/toy"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=[], help="of rows, ablations, missing: some names")
+    parser.add_argument("--epochs", type=int, default=30, help="of 05 in rows, ablations, unseen")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     for part in args.part:
         began = time.time()
-        parts[part](args.run, args.seeds, args.only)
+        parts[part](args.run, args.seeds, args.only, args.epochs)
         print(f"{part}: {(time.time() - began) / 60:.1f} minutes", flush=True)
 
 
