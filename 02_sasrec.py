@@ -253,12 +253,12 @@ def residual_kmeans(x, K, rng):
 
 def quantise(x, codebooks):
     """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
-    x: (n, d), codebooks: (3, K, d) -> codes (n, 3)"""
+    x: (n, d), codebooks: (3, K, d) -> codes (n, 3), what they leave, r_3 (n, d)"""
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
         residual = residual - codebook[codes[-1]]  # (n, d)  [7]
-    return torch.stack(codes, 1)  # (n, 3)
+    return torch.stack(codes, 1), residual  # (n, 3), (n, d)
 
 def number_in_group(group, order):
     """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
@@ -275,9 +275,8 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
     embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
     K = codebooks.shape[1]
-    codes = quantise(embeddings, codebooks)  # (N+1, 3)
+    codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    residual = embeddings - sum(C[codes[:, l]] for l, C in enumerate(codebooks))  # (N+1, d)
     worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
@@ -306,7 +305,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
-    add("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
+    add("--device", default="auto", choices={"auto", "cpu", device}, help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--name", default="sasrec", help="of its row and files; another writes NAME_codes.pt too")
     add("--content", default="", help="codes' files whose embeddings items have too, as text,image")
@@ -327,12 +327,12 @@ def main(argv=None):
         parser.set_defaults(epochs=2, width=16, layers=1)
     args = parser.parse_args(argv)
     if (min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1 or
-        args.width % args.heads or not 0 <= args.dropout < 1 or args.lr <= 0 or args.max_steps < 0):
-        fail("Sizes start at 1, --lr is above 0, --dropout in [0, 1), --heads must divide --width.")
+            args.width % args.heads or not 0 <= args.dropout < 1 or args.lr <= 0 or
+            not 0 <= args.seed < 2 ** 32 or args.max_steps < 0):
+        fail("Sizes start at 1, --seed at 0, --lr above 0; --dropout < 1; --heads divide --width.")
     args.rank, args.world = join()
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
-    device = torch.device(args.device if args.device != "auto" else
-                          torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = torch.device(device if args.device == "auto" else args.device)
     torch.manual_seed(args.seed)
     data = load(run / "data.pt", "01_data.py")
     N, U, T = len(data["item_ids"]) - 1, len(data["user_ids"]), args.length

@@ -138,12 +138,12 @@ def residual_kmeans(x, K, rng):
 
 def quantise(x, codebooks):
     """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
-    x: (n, d), codebooks: (3, K, d) -> codes (n, 3)"""
+    x: (n, d), codebooks: (3, K, d) -> codes (n, 3), what they leave, r_3 (n, d)"""
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
         residual = residual - codebook[codes[-1]]  # (n, d)  [7]
-    return torch.stack(codes, 1)  # (n, 3)
+    return torch.stack(codes, 1), residual  # (n, 3), (n, d)
 
 def number_in_group(group, order):
     """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
@@ -160,9 +160,8 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
     embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
     K = codebooks.shape[1]
-    codes = quantise(embeddings, codebooks)  # (N+1, 3)
+    codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    residual = embeddings - sum(C[codes[:, l]] for l, C in enumerate(codebooks))  # (N+1, d)
     worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
@@ -263,7 +262,7 @@ class ResidualQuantiser(nn.Module):
         self.register_buffer("sums", codebooks.clone())  # (3, K, E)
         self.register_buffer("members", codebooks.new_ones(codebooks.shape[:2]))  # (3, K)
     def forward(self, z):  # (n, E) -> z_q (n, E), commitment (), a sum over n
-        codes = quantise(z.detach(), self.codebooks).T  # (3, n)
+        codes = quantise(z.detach(), self.codebooks)[0].T  # (3, n)
         z_q = torch.stack([C[c] for C, c in zip(self.codebooks, codes)]).cumsum(0)  # (3, n, E)
         # What levels 1..l leave of z; a mean over d, not a sum: one beta for all widths.
         commitment = (z - z_q).square().mean(2).sum()  # ()
@@ -318,7 +317,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
-    add("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
+    add("--device", default="auto", choices={"auto", "cpu", device}, help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--plain", action="store_true", help="no quantiser in training, k-means afterwards")
     add("--init", help="file of ViT weights to start from; sets width, depth, patch")
@@ -335,10 +335,11 @@ def main(argv=None):
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=1, width=24, depth=1, out_dim=64)
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2 ** 32:
+        fail("--seed starts at 0, and ends below 2^32.")
     run, rng = pathlib.Path(args.run), torch.manual_seed(args.seed)
     args.rank, args.world = rank, world = join()
-    device = torch.device(args.device if args.device != "auto" else
-                          torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = torch.device(device if args.device == "auto" else args.device)
     images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
     data = load(run / "data.pt", "01_data.py")
     known = data["has_image"]  # (N+1,)

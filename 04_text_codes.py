@@ -202,12 +202,12 @@ def residual_kmeans(x, K, rng):
 
 def quantise(x, codebooks):
     """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
-    x: (n, d), codebooks: (3, K, d) -> codes (n, 3)"""
+    x: (n, d), codebooks: (3, K, d) -> codes (n, 3), what they leave, r_3 (n, d)"""
     codes, residual = [], x
     for codebook in codebooks:
         codes.append(nearest(residual, codebook))  # (n,)
         residual = residual - codebook[codes[-1]]  # (n, d)  [7]
-    return torch.stack(codes, 1)  # (n, 3)
+    return torch.stack(codes, 1), residual  # (n, 3), (n, d)
 
 def number_in_group(group, order):
     """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
@@ -224,9 +224,8 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
     embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
     K = codebooks.shape[1]
-    codes = quantise(embeddings, codebooks)  # (N+1, 3)
+    codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    residual = embeddings - sum(C[codes[:, l]] for l, C in enumerate(codebooks))  # (N+1, d)
     worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody

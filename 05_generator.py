@@ -310,7 +310,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
-    add("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
+    add("--device", default="auto", choices={"auto", "cpu", device}, help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--name", default="mscgrec", help="of this model's files and of its row in the table")
     add("--modalities", default="image,text,collab", help="whose codes a history shows")
@@ -341,11 +342,10 @@ def main(argv=None):
         vars(args).update(saved | {"run": args.run, "history": args.history})
     modalities = args.modalities.split(",")
     if not (args.target in modalities and args.lr > 0 and 0 <= args.masking <= 1 > args.dropout >= 0
-            and min(args.length, args.width, args.layers, args.heads, args.head, args.inner,
-                    args.batch, args.epochs, args.beam, args.max_steps + 1) > 0):
-        fail("--target is one of --modalities, sizes start at 1, --lr above 0, shares end below 1.")
-    device = torch.device(args.device if args.device != "auto" else
-                          torch.accelerator.current_accelerator(check_available=True) or "cpu")
+            and 0 <= args.seed < 2 ** 32 and min(args.length, args.width, args.layers, args.heads,
+            args.head, args.inner, args.batch, args.epochs, args.beam, args.max_steps + 1) > 0):
+        fail("--target is one of --modalities; sizes start at 1, --seed at 0, shares end below 1.")
+    device = torch.device(device if args.device == "auto" else args.device)
     args.rank, args.world = join()
     args.bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
     torch.manual_seed(args.seed)

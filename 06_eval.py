@@ -359,6 +359,8 @@ def main(argv=None):
             "train": seconds.get("train", math.nan),
             "predict": seconds.get("predict", math.nan) * 1000 / U,
             **{key: saved.get(key, math.nan) for key in ("parameters", "bytes", "peak_memory")}})
+    if args.against not in {"sasrec", *models}:
+        fail(f"--against {args.against}: the run has predictions of {', '.join(models)}.")
     print(f"checked: {len(files)} files, {U:,} users: all ids are real items, none comes twice")
 
     gain = {m: torch.stack([one["gain"] for one in models[m]]) for m in models}

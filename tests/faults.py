@@ -6,7 +6,7 @@
 "Survived" means: it works and means what it should, or one sentence says why not and the exit code is 2; nothing is
 half-written. A fault is a row (what was done, what happened, survived).
 """
-import contextlib, gzip, http.server, io, json, os, pathlib, random, re, shutil, signal, socket, struct, subprocess
+import contextlib, gzip, http.server, io, json, os, pathlib, random, re, shutil, signal, struct, subprocess
 import sys, tempfile, threading, time, zlib
 
 import numpy as np
@@ -35,6 +35,8 @@ def ended(child):
     said = child.stderr.strip()
     if child.returncode == 0:
         return "works", "Traceback" not in said
+    if ": error: argument" in said:  # argparse shows the options above its sentence
+        said = said.split("\n")[-1]
     good = child.returncode == 2 and 0 < len(said) < 1000 and "\n" not in said and "Traceback" not in said
     return ("" if good else f"CODE {child.returncode}: ") + (said.split("\n")[-1][:200] or "no word"), good
 
@@ -377,7 +379,6 @@ def small(tmp):
 
     run = tmp / "all texts equal" / "run"
     N = len(data_of(run)["item_ids"]) - 1
-    vectors = lambda **spoilt: torch.randn(N, 8)
     files = {"NaN.npy": np.full((N, 3), np.nan), "infinite.npy": np.full((N, 3), 1e39), "short.npy": np.ones((N - 1, 3)),
              "words.npy": np.full((N, 2), "x"), "flat.npy": np.ones(N), "complex.npy": np.ones((N, 2), complex) * 1j,
              "whole.npy": np.arange(2 * N).reshape(N, 2), "huge.npy": np.random.default_rng(0).normal(size=(N, 9)) * 1e30,
@@ -575,10 +576,17 @@ def options(tmp):
                          (1, "--max-events", -1), (1, "--dataset", "nowhere"), (1, "--base-url", "ftp://x", "--dataset",
                          "All_Beauty"), (1, "--max-items", 1), (1, "--max-items", 2, "--k-core", 1),
                          (4, "--seed", -1), (4, "--seed", 10 ** 30), (4, "--embed-batch", 0),
-                         (4, "--embed-batch", 10 ** 12, "--embed-url", "nonsense"), (4, "--embed-url", "file:///etc/passwd")):
+                         (4, "--embed-batch", 10 ** 12, "--embed-url", "nonsense"), (4, "--embed-url", "file:///etc/passwd"),
+                         *((number, *bad) for number in (2, 3, 5) for bad in (
+                             ("--seed", -1), ("--seed", 10 ** 30), ("--device", "abacus"), ("--epochs", 0),
+                             ("--batch", -1), ("--max-steps", -1))),
+                         (2, "--dropout", 1), (2, "--width", 7), (2, "--lr", 0), (2, "--loss", "none"), (2, "--top", 0),
+                         (3, "--width", 7), (3, "--crop-size", 33), (3, "--out-dim", 0), (3, "--local-crops", -1),
+                         (5, "--target", "scent"), (5, "--modalities", "image,scent"), (5, "--masking", 2),
+                         (5, "--beam", 0), (5, "--dropout", 1), (6, "--draws", 0), (6, "--against", "nobody")):
         shutil.rmtree(tmp / "new", ignore_errors=True)
-        began, run = time.time(), tmp / ("run" if number == 4 else "new")
-        happened, good = ended(start(number, "--run", run, "--cache" if number == 1 else "--device", tmp / "c", *bad))
+        began, run = time.time(), tmp / ("run" if number > 1 else "new")
+        happened, good = ended(start(number, "--run", run, *(("--cache", tmp / "c") if number == 1 else ()), *bad))
         rows.append((f"0{number} {' '.join(map(str, bad))}", happened, good and happened != "works" and
                      time.time() - began < 10 and not (tmp / "new").exists()))
     return rows

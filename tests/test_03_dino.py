@@ -97,7 +97,7 @@ def test_quantiser_is_the_brute_force_argmin():
     torch.manual_seed(0)
     z, codebooks = torch.randn(40, 6), torch.randn(3, 8, 6)
     z_q, commitment = dino.ResidualQuantiser(codebooks.clone())(z)
-    codes = dino.quantise(z, codebooks)
+    codes, left = dino.quantise(z, codebooks)
     lost = 0
     for n in range(40):
         residual = z[n]
@@ -107,6 +107,7 @@ def test_quantiser_is_the_brute_force_argmin():
             residual = residual - codebooks[level, codes[n, level]]
             lost = lost + residual.square().mean()
         torch.testing.assert_close(z_q[n], z[n] - residual)
+        torch.testing.assert_close(left[n], residual)
     torch.testing.assert_close(commitment, lost)
 
 
@@ -115,7 +116,7 @@ def test_gradient_is_straight_through_plus_commitment():
     z, upstream = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6)
     quantiser = dino.ResidualQuantiser(torch.randn(3, 8, 6))
     z_q, commitment = quantiser(z)
-    codes = dino.quantise(z.detach(), quantiser.codebooks)
+    codes, _ = dino.quantise(z.detach(), quantiser.codebooks)
     (z_q * upstream).sum().backward(retain_graph=True)
     torch.testing.assert_close(z.grad, upstream)
     z.grad = None
