@@ -1,6 +1,6 @@
 """Long checks by hand: what is done to the scripts, and whether they survive it. Prints a table; exit code 1 if one does not.
 
-    python tests/faults.py                     # all, about six minutes
+    python tests/faults.py                     # all, a quarter of an hour
     python tests/faults.py network records     # some, by the name of the function below
 
 "Survived" means: it works and means what it should, or one sentence says why not and the exit code is 2; nothing is

@@ -183,8 +183,8 @@ def missing(run, seeds, only, epochs):
 
 
 def ceiling(run, seeds, only, epochs):
-    """What codes can tell apart: SASRec's own recall if all items that share a prefix get its mean score (ties at
-    random), and how many of the generator's first tens by exhaustive scoring the beam finds."""
+    """Where recall is lost. Codes: SASRec's own recall if all items that share a prefix get its mean score (ties at
+    random). Beam: what it finds of the first tens by exhaustive scoring. Fit: the loss of each code on test events."""
     data, saved = load(run / "data.pt"), load(run / "sasrec.pt")
     s, options, N = script(2), argparse.Namespace(**saved["options"]), len(data["item_ids"]) - 1
     model = s.SASRec(N, options.length, options.width, options.heads, options.layers, 0.0)
@@ -216,6 +216,17 @@ def ceiling(run, seeds, only, epochs):
         **{**vars(args), "beam": beam}), torch.device("cpu"))[0][:, :10] for beam in (args.beam, N))  # (200, 10) both
     found = (wide.unsqueeze(2) == narrow.unsqueeze(1)).any(2).float().mean()
     print(f"200 users: {found:.1%} of the first ten by exhaustive scoring are among the first ten of beam {args.beam}")
+    start, length = g.windows("test", data["offsets"], args.length)  # (U,) both
+    total, codes = torch.zeros(trie.L), load(run / f"{args.target}_codes.pt")["codes"].long()  # (L,), (N+1, L)
+    with torch.no_grad():
+        for batch in g.equal_length_batches(length, 1024):
+            events = data["events"][start[batch, None] + torch.arange(length[batch[0]] + 1)].long()  # (B, S+1)
+            logits, items = model(events[:, :-1], events[:, 1:])[:, -1], events[:, -1]  # (B, L, K), (B,)
+            total += g.code_losses(logits, codes[items], items, trie)
+    losses = load(run / "generator-mscgrec.pt")["losses"]  # (epochs, L)
+    shown = lambda x: [f"{y:.2f}" for y in (*x, x.sum())]
+    table(["mscgrec's loss, nats", "code 1", "code 2", "code 3", "code 4", "sum"],
+          [["training, last epoch (with dropout)", *shown(losses[-1])], ["test events", *shown(total / len(start))]])
 
 
 def unseen(run, seeds, only, epochs):
