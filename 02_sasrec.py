@@ -382,7 +382,7 @@ def main(argv=None):
         losses.append(add_up(torch.tensor(total, device=device)).item() / max(1, targets))
         if args.max_steps:
             hours = (time.time() - began) / 3600 * len(batches) / step
-            return print(f"{step} steps; an epoch has {len(batches):,}: {hours:.2f} hours")
+            return print(f"{step} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
         shown = recommend(model, data, "valid", judges, T, min(10, N), device)[0]  # (judges, 10)
         gain = (shown == truth) / torch.log2(2.0 + torch.arange(shown.shape[1]))  # (judges, 10)
         ndcg.append(add_up(gain.sum().to(device)).item() / min(U, JUDGES))

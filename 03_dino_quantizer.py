@@ -410,7 +410,7 @@ def main(argv=None):
             sums += add_up(torch.stack([loss.detach(), entropy])).cpu() / epoch_steps
             if args.max_steps and step + 1 == min(args.max_steps, epoch_steps):
                 hours = (time.time() - started) / 3600 * epoch_steps / (step + 1)
-                return print(f"{step + 1} steps; an epoch has {epoch_steps:,}: {hours:.2f} hours")
+                return print(f"{step + 1} steps; an epoch has {epoch_steps:,}: {hours:.3g} hours")
         print(f"epoch {epoch + 1}: loss {sums[0]:.2f} = entropy of p_t {sums[1]:.2f} + KL")
         curves.append(sums)
         save({"student": student.state_dict(), "teacher": teacher.state_dict(), "losses": curves,

@@ -420,7 +420,7 @@ def main(argv=None):
         losses.append(add_up(total).cpu() / max(1, seen))
         if args.max_steps:
             hours = (time.time() - began) / 3600 * len(batches) / len(todo)
-            return print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.2f} hours")
+            return print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
         top = recommend(model, trie, data, "valid", judges, args, device)[0][:, :10]  # (judges, 10)
         gain = (top == truth) / torch.log2(2.0 + torch.arange(top.shape[1]))  # (judges, 10)
         ndcg.append(gain.sum(1).mean().item())
