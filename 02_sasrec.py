@@ -201,7 +201,7 @@ def binary_cross_entropy(hidden, embeddings, target):
 @torch.no_grad()
 def recommend(model, data, split, users, T, top, device):
     """Ranks all N items for some users: items int32 (n, top), best first, and scores (n, top).
-    Items seen before are not taken out: a good model knows that they do not come again."""
+    What a user had before is not taken out, as with other generators of codes: see the README."""
     model.eval()
     start, length = (part[users] for part in windows(split, data["offsets"], T))  # (n,) both
     items = torch.zeros(len(users), top, dtype=torch.int32)  # (n, top)

@@ -3,6 +3,7 @@
     python tests/questions.py rows --run runs/films --seeds 0 1 2        # the README's tables: all models, every seed
     python tests/questions.py ablations --run runs/films --seeds 0 1 2   # a part of the method less, one at a time
     python tests/questions.py fusion --run runs/films --seeds 0 1 2      # SASRec's and MSCGRec's lists in one
+    python tests/questions.py seen --run runs/films                      # the table without what users had before
     python tests/questions.py ceiling missing --run runs/films           # of the models that lie in the run
     python tests/questions.py unseen --run runs/toy                      # items that no training event shows
     python tests/questions.py growth                                     # costs by the size of the catalogue
@@ -149,6 +150,29 @@ def fusion(run, seeds, only, epochs):
     call(6, "--run", run)
 
 
+def seen(run, seeds, only, epochs):
+    """What users had already cannot come again (01 drops repeats), and is still recommended: how much of the first tens
+    it is, and the table of 06 without it. All models alike, from their files, into RUN/new."""
+    data, new, answers = load(run / "data.pt"), run / "new", []
+    new.mkdir(exist_ok=True)
+    for old in new.glob("*"):
+        old.unlink()
+    (new / "data.pt").symlink_to((run / "data.pt").resolve())
+    U, N = len(data["user_ids"]), len(data["item_ids"]) - 1
+    user = torch.arange(U).repeat_interleave(data["offsets"].diff())  # (events,)
+    key = user * (N + 1) + data["events"]  # (events,): a number for each pair of user and item
+    key[data["offsets"][1:] - 1] = 0  # of user 0 and padding
+    for path in sorted(run.glob("predictions-*.pt")):
+        saved = load(path)
+        top = saved["test"].long()  # (U, top)
+        again = torch.isin(torch.arange(U).unsqueeze(1) * (N + 1) + top, key) & (top > 0)  # (U, top)
+        top = top.masked_fill(again, 0).gather(1, again.int().argsort(dim=1, stable=True))  # (U, top), seen ones last: 0
+        torch.save(saved | {"test": top.int()}, new / path.name)
+        answers.append([path.stem[12:], f"{again[:, :10].float().mean():.1%}", f"{(top[:, 9] > 0).float().mean():.1%}"])
+    table(["predictions", "of the first ten the user had before", "users with ten others in the list"], answers)
+    call(6, "--run", new)
+
+
 # --- Questions to models that lie in the run --------------------------------------------------------------------------
 def generator(run, name, hidden=()):
     """The trained model; modalities in `hidden` are those that all items of a history lack. -> model, tree, args"""
@@ -292,7 +316,7 @@ def growth(run, seeds, only, epochs):
 
 
 def main():
-    parts = {f.__name__: f for f in (rows, ablations, fusion, ceiling, missing, unseen, growth)}
+    parts = {f.__name__: f for f in (rows, ablations, fusion, seen, ceiling, missing, unseen, growth)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="+", choices=parts)
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/toy"))
