@@ -306,7 +306,7 @@ def main(argv=None):
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
-    add("--device", default="auto", choices={"auto", "cpu", device}, help="auto: the best")
+    add("--device", default="auto", choices=sorted({"auto", "cpu", device}), help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--name", default="sasrec", help="of its row and files; another writes NAME_codes.pt too")
     add("--content", default="", help="codes' files whose embeddings items have too, as text,image")

@@ -318,7 +318,7 @@ def main(argv=None):
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
-    add("--device", default="auto", choices={"auto", "cpu", device}, help="auto: the best")
+    add("--device", default="auto", choices=sorted({"auto", "cpu", device}), help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--plain", action="store_true", help="no quantiser in training, k-means afterwards")
     add("--init", help="file of ViT weights to start from; sets width, depth, patch")

@@ -311,7 +311,7 @@ def main(argv=None):
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
-    add("--device", default="auto", choices={"auto", "cpu", device}, help="auto: the best")
+    add("--device", default="auto", choices=sorted({"auto", "cpu", device}), help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--name", default="mscgrec", help="of this model's files and of its row in the table")
     add("--modalities", default="image,text,collab", help="whose codes a history shows")
