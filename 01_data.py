@@ -434,7 +434,7 @@ def main(argv=None):
           "titles": titles, "texts": texts, "categories": categories, "has_image": has_image,
           "item_ids": [""] + item_ids, "user_ids": user_ids,
           "train_counts": torch.from_numpy(train_counts).int(), "meta": meta}, args.run / "data.pt")
-    print("\n".join(f"{reason:40}{number:12,}" for reason, number in counts.items()))
+    print("\n".join(f"{reason:52}{number:12,}" for reason, number in counts.items()))
     top_tenth = train_counts[popular[:max(1, N // 10)]].sum() / train_counts.sum()
     hits = np.isin(events[offsets[1:] - 1], popular[:10]).mean()
     print(f"\nU {U:,} users, N {N:,} items, {len(events):,} events: {len(events) / U:.1f} a user, "

@@ -28,6 +28,10 @@ CODES = {"sasrec": (2, "sasrec.pt", []), "dino": (3, "dino.pt", []), "text": (4,
          "sasrec-content": (2, "sasrec-content.pt", ["--name", "sasrec-content", "--content", "text,image"])}
 ROWS = {"mscgrec": [], "tiger": ["--modalities", "text", "--target", "text"],
         "mscgrec-content": ["--modalities", "image,text,collab-content", "--target", "collab-content"]}
+FUSED = {"sasrec+mscgrec": ["sasrec", "mscgrec"], "two-sasrecs": ["sasrec", "sasrec-content"],
+         "two-mscgrecs": ["mscgrec", "mscgrec-content"],  # *: the next seed's
+         "four-sasrecs": ["sasrec", "sasrec-content", "sasrec*", "sasrec-content*"],
+         "all-four": ["sasrec", "sasrec-content", "mscgrec", "mscgrec-content"]}
 ABLATIONS = {"no-image": ["--modalities", "text,collab"], "no-text": ["--modalities", "image,collab"],
              "no-collab": ["--modalities", "image,text", "--target", "text"],
              "only-image": ["--modalities", "image", "--target", "image"],
@@ -138,14 +142,15 @@ def fuse(lists, k=20):
 
 
 def fusion(run, seeds, only, epochs):
-    """Two models' lists in one: SASRec and MSCGRec; and, to compare, SASRec and its second row."""
+    """Several models' lists in one. Any fusion helps: its control is one of as many SASRecs (four: two of the next seed)."""
+    after = dict(zip(seeds, seeds[1:] + seeds[:1]))
     for seed in seeds:
-        for names in (("sasrec", "mscgrec"), ("sasrec", "sasrec-content")):
-            paths = [run / f"predictions-{name}-s{seed}.pt" for name in names]
-            if all(path.exists() for path in paths):
+        for name, parts in FUSED.items():
+            paths = [run / f"predictions-{part.strip('*')}-s{after[seed] if '*' in part else seed}.pt"
+                     for part in parts]
+            if all(path.exists() for path in paths) and len(set(paths)) == len(paths):
                 lists = [load(path) for path in paths]
                 new = {split: fuse([one[split] for one in lists]) for split in ("valid", "test")}  # (U, top) each
-                name = "+".join(names)
                 torch.save({"name": name, "seed": seed, **new}, run / f"predictions-{name}-s{seed}.pt")
     call(6, "--run", run)
 
