@@ -371,16 +371,16 @@ def main(argv=None):
                      + "".join(f"\n  {names[i]}" for i in found[:10]))
             history += found
         history = torch.tensor([history[-args.length:]], device=device)  # (1, S)
-        best, score = beam_search(model.eval(), trie, history, args.beam)  # (1, beam) both
-        found = [f"{100 * s.exp():5.1f} %  {names[i]}" for i, s in zip(best[0], score[0])][:10]
+        pairs = zip(*(x[0].tolist() for x in beam_search(model.eval(), trie, history, args.beam)))
+        new = {i: f"{math.exp(s):6.1%}  {names[i]}" for i, s in pairs if i not in [0, *history[0]]}
         images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
         pen = ImageDraw.Draw(page := Image.new("RGB", (1005, 260), "white"))
-        for n, i in [*enumerate(history[0, -10:].tolist()), *enumerate(best[0, :10].tolist(), 10)]:
+        for n, i in [*enumerate(history[0, -10:].tolist()), *enumerate([*new][:10], 10)]:
             x, y = 5 + n % 10 * 100, 5 + n // 10 * 130  # above the history, below what follows
             page.paste(Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((95, 95)), (x, y))
             pen.text((x, y + 97), textwrap.fill(names[i], 16, max_lines=2, placeholder=".."), 0)
         page.save(run / "history.png")
-        return print("after", *(names[i] for i in history[0]), "it recommends", *found, sep="\n")
+        return print("after", *(names[i] for i in history[0]), "probably", *new.values(), sep="\n")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     parallel = model if args.world == 1 else \
         nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
