@@ -22,7 +22,7 @@ writes  dino.pt
           known             bool (N+1)              the item has a picture
           moved             int                     items that redistribution moved
 
-On the toy shop: 36 seconds, 0.6 GiB (2 cores of an AMD EPYC).
+On the toy shop: 39 seconds, 0.6 GiB (2 cores of an AMD EPYC).
 """
 import argparse, atexit, copy, hashlib, math, os, pathlib, signal, sys, time, zipfile
 
