@@ -142,7 +142,7 @@ def fuse(lists, k=20):
 
 
 def fusion(run, seeds, only, epochs):
-    """Several models' lists in one. Any fusion helps: its control is one of as many SASRecs (four: two of the next seed)."""
+    """Several models' lists in one. Any fusion helps: its control is one of as many SASRecs (four: of two seeds)."""
     after = dict(zip(seeds, seeds[1:] + seeds[:1]))
     for seed in seeds:
         for name, parts in FUSED.items():
@@ -171,7 +171,7 @@ def seen(run, seeds, only, epochs):
         saved = load(path)
         top = saved["test"].long()  # (U, top)
         again = torch.isin(torch.arange(U).unsqueeze(1) * (N + 1) + top, key) & (top > 0)  # (U, top)
-        top = top.masked_fill(again, 0).gather(1, again.int().argsort(dim=1, stable=True))  # (U, top), seen ones last: 0
+        top = top.masked_fill(again, 0).gather(1, again.int().argsort(dim=1, stable=True))  # (U, top), zeros last
         torch.save(saved | {"test": top.int()}, new / path.name)
         answers.append([path.stem[12:], f"{again[:, :10].float().mean():.1%}", f"{(top[:, 9] > 0).float().mean():.1%}"])
     table(["predictions", "of the first ten the user had before", "users with ten others in the list"], answers)
