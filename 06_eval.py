@@ -209,7 +209,8 @@ def chart(path, columns, panels):
             mark = mark if kind == "lines" else (4, 0)
             x, y = left + i % keys * 275, top + 64 + i // keys * 34
             draw.regular_polygon((x + 12, y, 12), *mark, ink)
-            draw.text((x + 32, y), cut(name, 240, 24, 1), "black", font, "lm")
+            room = 240 if len(series) > 1 else right - left  # a name alone has the row
+            draw.text((x + 32, y), cut(name, room, 24, 1), "black", font, "lm")
             if kind == "lines":
                 draw.line([place(x, y) for x, y, _ in some], ink, 4)
                 for x, y, _ in some[::math.ceil(len(some) / 15)]:
