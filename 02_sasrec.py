@@ -168,8 +168,7 @@ class SASRec(nn.Module):
         return self.items.weight + self.project(self.content) if self.project else self.items.weight
     def forward(self, history):
         place = torch.arange(history.shape[1], device=history.device)  # (T,)
-        x = F.embedding(history, self.vectors()) + self.positions(place)  # (B, T, E)
-        x = self.dropout(x)  # (B, T, E)
+        x = self.dropout(F.embedding(history, self.vectors()) + self.positions(place))  # (B, T, E)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -183,7 +182,9 @@ def cross_entropy(hidden, embeddings, target, log_q=None):
     or popular items, drawn more often, would be pushed down more often (Bengio and Senecal, 2008).
     hidden: (n, E), embeddings: (N+1, E), target: (n,)"""
     if log_q is None:
-        return F.cross_entropy((hidden @ embeddings[1:].T).float(), target - 1, reduction="sum")
+        # A part's scores stay in the cache, and in memory that the process has already.
+        items, parts = embeddings[1:].T, zip(hidden.split(256), target.split(256))
+        return sum(F.cross_entropy((h @ items).float(), t - 1, reduction="sum") for h, t in parts)
     drawn = torch.multinomial(log_q.exp(), NEGATIVES, replacement=True)  # (NEGATIVES,)
     # One look-up for both: the gradient of each look-up is as large as the table.
     right, wrong = embeddings[torch.cat([target, drawn])].split([len(target), NEGATIVES])
@@ -209,8 +210,7 @@ def recommend(model, data, split, users, T, top, device):
     vectors = model.vectors()[1:].T  # (E, N)
     for batch in equal_length_batches(length, 8192):
         history = data["events"][start[batch, None] + torch.arange(length[batch[0]])]  # (B, T)
-        history = history.long().to(device)  # (B, T)
-        for rows, hidden in zip(batch.split(256), model(history)[:, -1].split(256)):
+        for rows, hidden in zip(batch.split(256), model(history.to(device))[:, -1].split(256)):
             best = (hidden @ vectors).topk(top)  # (256, top)
             items[rows] = (best.indices + 1).int().cpu()  # item 0 is padding
             scores[rows] = best.values.cpu()
@@ -322,6 +322,7 @@ def main(argv=None):
     add("--patience", type=int, default=12, help="epochs without a better NDCG@10 before it stops")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
     add("--top", type=int, default=20, help="items recommended to a user")
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(epochs=2, width=16, layers=1)
@@ -333,6 +334,7 @@ def main(argv=None):
     args.rank, args.world = join()
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     device = torch.device(device if args.device == "auto" else args.device)
+    bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
     torch.manual_seed(args.seed)
     data = load(run / "data.pt", "01_data.py")
     N, U, T = len(data["item_ids"]) - 1, len(data["user_ids"]), args.length
@@ -365,9 +367,10 @@ def main(argv=None):
             n = window * len(batch)
             events = data["events"][start[mine, None] + torch.arange(window + 1)]  # (B, window+1)
             events = events.long().to(device)  # (B, window+1)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                hidden = replica(events[:, :-1]).flatten(0, 1)  # (B * window, E)
-                vectors, target = model.vectors(), events[:, 1:].flatten()  # (N+1, E), (n,)
+            hidden = replica(events[:, :-1]).flatten(0, 1)  # (B * window, E)
+            vectors, target = model.vectors(), events[:, 1:].flatten()  # (N+1, E), (n,)
+            # Most of the work is the products of `hidden` with all items: they may be bfloat16.
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = binary_cross_entropy(hidden, vectors, target) if args.loss == "bce" else \
                     cross_entropy(hidden, vectors, target, log_q)
             total, targets, step = total + loss.item(), targets + n, step + 1
@@ -375,8 +378,7 @@ def main(argv=None):
                 fail(f"step {step}: the loss is no number, lower --lr; {checkpoint} is good")
             # Every target weighs the same, also in a batch that its length left small.
             (loss * args.world / max(n, args.batch * args.world)).backward()
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, step / WARM_UP)
+            optimizer.param_groups[0]["lr"] = args.lr * min(1, step / WARM_UP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         losses.append(add_up(torch.tensor(total, device=device)).item() / max(1, targets))

@@ -327,7 +327,7 @@ def bench_quality(name="movietweetings-2013", seeds=3, slow_epochs=5, epochs=8, 
 
 
 # --- 02: SASRec -------------------------------------------------------------------------------------------------------
-def sasrec_ours(run, batch, steps, sampled_from=50_000):
+def sasrec_ours(run, batch, steps, sampled_from=50_000, precision="fp32"):
     """The loop of 02_sasrec.py itself, its first 10 steps not counted. -> targets/s, s/step"""
     module, length, result = script(2), [], []
 
@@ -346,7 +346,8 @@ def sasrec_ours(run, batch, steps, sampled_from=50_000):
 
     module.tqdm, module.windows, module.SAMPLED_FROM = timed, windows, sampled_from
     with contextlib.suppress(InterruptedError), contextlib.redirect_stdout(io.StringIO()):
-        module.main(["--run", str(run), "--batch", str(batch), "--max-steps", str(steps)])
+        module.main(["--run", str(run), "--batch", str(batch), "--max-steps", str(steps),
+                     "--precision", precision])
     return result
 
 
@@ -357,6 +358,7 @@ def sasrec_recbole(data, batch):
     from recbole.data import create_dataset, data_preparation
     from recbole.model.sequential_recommender import SASRec
     from recbole.trainer import Trainer
+    torch.autograd.set_detect_anomaly(False)  # a model of RecBole's turns it on for the whole process
     folder = pathlib.Path(tempfile.mkdtemp()) / "real"
     folder.mkdir()
     os.chdir(folder)  # it writes logs where it stands
@@ -415,10 +417,11 @@ def bench_sasrec():
             continue
         loops = {("recbole", batch): sasrec_recbole(data, batch) for batch in (2048, 128)}
         loops |= {("pmixer", batch): sasrec_pmixer(data, batch) for batch in (128, 16)}
-        for key in [("ours", 256), ("ours", 512), ("ours", 1024), *loops] * 3:
+        mine = list(itertools.product(("fp32", "bf16"), (256, 512, 1024, 2048)))
+        for key in [*mine, *loops] * 3:
             try:
-                if key[0] == "ours":
-                    speed = sasrec_ours(run, key[1], 30_000 // key[1])[0]
+                if key in mine:
+                    speed = sasrec_ours(run, key[1], 30_000 // key[1], precision=key[0])[0]
                 else:
                     next(loops[key])
                     count, began = 0, time.time()
@@ -428,11 +431,12 @@ def bench_sasrec():
                 fastest[key] = max(fastest.get(key, 0), speed)
             except (ImportError, StopIteration) as error:
                 print(f"{key[0]} is left out: {error} (pip, or {PEERS}/SASRec.pytorch)")
-        ours, *peers = (max([fastest[key] for key in fastest if key[0] == who], default=0)
-                        for who in ("ours", "recbole", "pmixer"))
-        rows += [(f"SASRec, {name}, against {who}: targets/s", f"{ours:,.0f}",
-                  f"{peer:,.0f}" if peer else "not installed", f"{ours / peer:.1f}" if peer else "",
-                  ">= 3x") for who, peer in zip(("RecBole", "pmixer"), peers)]
+        fp32, bf16, *peers = (max([fastest[key] for key in fastest if key[0] == who], default=0)
+                              for who in ("fp32", "bf16", "recbole", "pmixer"))
+        rows += [(f"SASRec, {name}, against {who}: targets/s", f"{fp32:,.0f} (bf16: {bf16:,.0f})",
+                  f"{peer:,.0f}" if peer else "not installed",
+                  f"{fp32 / peer:.1f} ({bf16 / peer:.1f})" if peer else "", ">= 3x")
+                 for who, peer in zip(("RecBole", "pmixer"), peers)]
     return rows
 
 
