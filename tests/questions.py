@@ -4,14 +4,16 @@
     python tests/questions.py ablations --run runs/films --seeds 0 1 2   # a part of the method less, one at a time
     python tests/questions.py fusion --run runs/films --seeds 0 1 2      # SASRec's and MSCGRec's lists in one
     python tests/questions.py seen --run runs/films                      # the table without what users had before
+    python tests/questions.py hole --run runs/films                      # what the last events before the one to find tell
     python tests/questions.py ceiling missing --run runs/films           # of the models that lie in the run
     python tests/questions.py unseen --run runs/toy                      # items that no training event shows
     python tests/questions.py growth                                     # costs by the size of the catalogue
 
-A run holds the codes of one seed at a time: `ceiling` and `missing` speak of the last seed that was run. What a table
+A run holds the codes of one seed at a time: `hole`, `ceiling` and `missing` speak of the last seed that was run. What a table
 needs and is there already (predictions-NAME-sSEED.pt) is not trained again.
 """
 import argparse
+import itertools
 import os
 import pathlib
 import shutil
@@ -211,22 +213,43 @@ def missing(run, seeds, only, epochs):
     table(["Recall@10", "all", *(f"no {m} at test time" for m in MODALITIES)], answers)
 
 
-def ceiling(run, seeds, only, epochs):
-    """Where recall is lost. Codes: SASRec's own recall if all items that share a prefix get its mean score (ties at
-    random). Beam: what it finds of the first tens by exhaustive scoring. Fit: the loss of each code on test events."""
-    data, saved = load(run / "data.pt"), load(run / "sasrec.pt")
-    s, options, N = script(2), argparse.Namespace(**saved["options"]), len(data["item_ids"]) - 1
+@torch.no_grad()
+def sasrec_scores(run, split, gap=0):
+    """The scores (U, N) of all items by the run's SASRec, where the last `gap` events of histories are not known."""
+    data, saved, s = load(run / "data.pt"), load(run / "sasrec.pt"), script(2)
+    options, N = argparse.Namespace(**saved["options"]), len(data["item_ids"]) - 1
     model = s.SASRec(N, options.length, options.width, options.heads, options.layers, 0.0)
     model.load_state_dict(saved["weights"])
     model.eval()
-    start, length = s.windows("test", data["offsets"], options.length)  # (U,) both
-    hidden = torch.zeros(len(start), options.width)  # (U, E)
-    with torch.no_grad():
-        for batch in s.equal_length_batches(length, 8192):
-            history = data["events"][start[batch, None] + torch.arange(length[batch[0]])]  # (B, T)
-            hidden[batch] = model(history.long())[:, -1]
-        scores = hidden @ model.vectors()[1:].T  # (U, N)
-    answers = []
+    start, length = s.windows(split, data["offsets"], options.length)  # (U,) both
+    length, hidden = (length - gap).clamp(min=1), torch.zeros(len(start), options.width)  # (U,), (U, E)
+    for batch in s.equal_length_batches(length, 8192):
+        history = data["events"][start[batch, None] + torch.arange(length[batch[0]])]  # (B, T)
+        hidden[batch] = model(history.long())[:, -1]
+    return hidden @ model.vectors()[1:].T
+
+
+def hole(run, seeds, only, epochs):
+    """What a hole in the history costs: SASRec on validation, if it does not know the last events before the one to be
+    found. With and without the items of the known history: nobody has one twice, and others leave them out."""
+    six, data, answers = script(6), load(run / "data.pt"), []
+    truth = data["events"][data["offsets"][1:] - 2]  # (U,)
+    for gap in (0, 1, 2):
+        scores, cells = sasrec_scores(run, "valid", gap), []  # (U, N)
+        for _ in ("of all items", "without the history's"):
+            top = scores.topk(10).indices + 1  # (U, 10)
+            cells += [f"{x:.4f}" for x in six.gains(six.rank_of(truth, top)).mean(0)[[2, 4]]]
+            for u, (begin, end) in enumerate(itertools.pairwise(data["offsets"].tolist())):
+                scores[u, data["events"][begin:end - 2 - gap].long() - 1] = -torch.inf
+        answers.append([str(gap), *cells])
+    table(["events not known", "Recall@10", "NDCG@10", "without the history's items: Recall@10", "NDCG@10"], answers)
+
+
+def ceiling(run, seeds, only, epochs):
+    """Where recall is lost. Codes: SASRec's own recall if all items that share a prefix get its mean score (ties at
+    random). Beam: what it finds of the first tens by exhaustive scoring. Fit: the loss of each code on test events."""
+    data, scores, answers = load(run / "data.pt"), sasrec_scores(run, "test"), []  # scores: (U, N)
+    N = len(data["item_ids"]) - 1
     for modality in MODALITIES:
         codes, cells = load(run / f"{modality}_codes.pt")["codes"][1:], []  # (N, L)
         for l in (1, 2, 3, 4):
@@ -240,7 +263,7 @@ def ceiling(run, seeds, only, epochs):
     table(["SASRec's Recall@10 by means over", "1 code", "2 codes", "3 codes", "all 4: its own"], answers)
 
     g, model, trie, args = generator(run, "mscgrec")
-    users = torch.randperm(len(start))[:200]
+    users = torch.randperm(len(scores))[:200]
     narrow, wide = (g.recommend(model.eval(), trie, data, "test", users, argparse.Namespace(
         **{**vars(args), "beam": beam}), torch.device("cpu"))[0][:, :10] for beam in (args.beam, N))  # (200, 10) both
     found = (wide.unsqueeze(2) == narrow.unsqueeze(1)).any(2).float().mean()
@@ -321,7 +344,7 @@ def growth(run, seeds, only, epochs):
 
 
 def main():
-    parts = {f.__name__: f for f in (rows, ablations, fusion, seen, ceiling, missing, unseen, growth)}
+    parts = {f.__name__: f for f in (rows, ablations, fusion, seen, hole, ceiling, missing, unseen, growth)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="+", choices=parts)
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/toy"))
