@@ -4,13 +4,13 @@
     python tests/questions.py ablations --run runs/films --seeds 0 1 2   # a part of the method less, one at a time
     python tests/questions.py fusion --run runs/films --seeds 0 1 2      # SASRec's and MSCGRec's lists in one
     python tests/questions.py seen --run runs/films                      # the table without what users had before
-    python tests/questions.py hole --run runs/films                      # what the last events before the one to find tell
+    python tests/questions.py hole --run runs/films                      # what the last events of a history tell
     python tests/questions.py ceiling missing --run runs/films           # of the models that lie in the run
     python tests/questions.py unseen --run runs/toy                      # items that no training event shows
     python tests/questions.py growth                                     # costs by the size of the catalogue
 
-A run holds the codes of one seed at a time: `hole`, `ceiling` and `missing` speak of the last seed that was run. What a table
-needs and is there already (predictions-NAME-sSEED.pt) is not trained again.
+A run holds the codes of one seed at a time: `hole`, `ceiling` and `missing` speak of the last seed that was run. What a
+table needs and is there already (predictions-NAME-sSEED.pt) is not trained again.
 """
 import argparse
 import itertools
@@ -214,10 +214,10 @@ def missing(run, seeds, only, epochs):
 
 
 @torch.no_grad()
-def sasrec_scores(run, split, gap=0):
-    """The scores (U, N) of all items by the run's SASRec, where the last `gap` events of histories are not known."""
-    data, saved, s = load(run / "data.pt"), load(run / "sasrec.pt"), script(2)
-    options, N = argparse.Namespace(**saved["options"]), len(data["item_ids"]) - 1
+def sasrec_scores(run, data, split, gap=0):
+    """All items' scores (U, N) by the run's SASRec, if it does not know the last `gap` events (the first it does)."""
+    saved, s, N = load(run / "sasrec.pt"), script(2), len(data["item_ids"]) - 1
+    options = argparse.Namespace(**saved["options"])
     model = s.SASRec(N, options.length, options.width, options.heads, options.layers, 0.0)
     model.load_state_dict(saved["weights"])
     model.eval()
@@ -235,12 +235,13 @@ def hole(run, seeds, only, epochs):
     six, data, answers = script(6), load(run / "data.pt"), []
     truth = data["events"][data["offsets"][1:] - 2]  # (U,)
     for gap in (0, 1, 2):
-        scores, cells = sasrec_scores(run, "valid", gap), []  # (U, N)
-        for _ in ("of all items", "without the history's"):
-            top = scores.topk(10).indices + 1  # (U, 10)
+        scores, cells = sasrec_scores(run, data, "valid", gap), []  # (U, N)
+        new = scores.clone()  # (U, N)
+        for u, (begin, end) in enumerate(itertools.pairwise(data["offsets"].tolist())):
+            new[u, data["events"][begin:end - 2 - gap].long() - 1] = -torch.inf
+        for some in (scores, new):
+            top = some.topk(10).indices + 1  # (U, 10)
             cells += [f"{x:.4f}" for x in six.gains(six.rank_of(truth, top)).mean(0)[[2, 4]]]
-            for u, (begin, end) in enumerate(itertools.pairwise(data["offsets"].tolist())):
-                scores[u, data["events"][begin:end - 2 - gap].long() - 1] = -torch.inf
         answers.append([str(gap), *cells])
     table(["events not known", "Recall@10", "NDCG@10", "without the history's items: Recall@10", "NDCG@10"], answers)
 
@@ -248,8 +249,8 @@ def hole(run, seeds, only, epochs):
 def ceiling(run, seeds, only, epochs):
     """Where recall is lost. Codes: SASRec's own recall if all items that share a prefix get its mean score (ties at
     random). Beam: what it finds of the first tens by exhaustive scoring. Fit: the loss of each code on test events."""
-    data, scores, answers = load(run / "data.pt"), sasrec_scores(run, "test"), []  # scores: (U, N)
-    N = len(data["item_ids"]) - 1
+    data, answers = load(run / "data.pt"), []
+    scores, N = sasrec_scores(run, data, "test"), len(data["item_ids"]) - 1  # scores: (U, N)
     for modality in MODALITIES:
         codes, cells = load(run / f"{modality}_codes.pt")["codes"][1:], []  # (N, L)
         for l in (1, 2, 3, 4):
