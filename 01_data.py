@@ -69,7 +69,7 @@ POPULARITY = 0.5    # -POPULARITY * log(rank): Zipf's law, a few items sell and 
 TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}    # the item has the customer's favourite
 COMPANION, FOLLOWING = 4.5, 0.5     # it is of the circle, the category, that follows the last one
 WHIM = 0.1          # share of events that ignore all this: any item, equally likely
-INCOMPLETE, CIRCLES = 0.05, 25      # share without picture, without text; groups of companions
+INCOMPLETE, CIRCLES = 0.05, 25      # share without picture, without text; circles of items
 COLOURS = "red amber lime green cyan blue violet magenta".split()   # eight hues, evenly spaced
 PATTERNS = {"plain": lambda x, y: x < 0, "stripes": lambda x, y: y % 1 < 0.5,  # where to paint pale
             "bars": lambda x, y: x % 1 < 0.5, "diagonals": lambda x, y: (x + y) % 1 < 0.5,

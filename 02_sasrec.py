@@ -176,10 +176,11 @@ class SASRec(nn.Module):
 def cross_entropy(hidden, embeddings, target, log_q=None):
     """Next-item loss, the sum of nats: the softmax runs over all items [4].
     This loss decides every comparison with SASRec. The original trains with binary cross-entropy
-    and one sampled negative, and reaches about two thirds of the recall ("Turning Dross into
-    Gold", RecSys 2023). With log_q (N+1,), the items' log-frequency in training, the softmax runs
-    over the target and NEGATIVES items drawn with frequency q; log q is subtracted from all scores,
-    or popular items, drawn more often, would be pushed down more often (Bengio and Senecal, 2008).
+    and one sampled negative, and reaches about two thirds of the recall or less (README, "Turning
+    Dross into Gold", RecSys 2023).
+    With log_q (N+1,), the items' log-frequency in training, the softmax runs over the target and
+    NEGATIVES items drawn with frequency q; log q is subtracted from all scores, or popular items,
+    drawn more often, would be pushed down more often (Bengio and Senecal, 2008).
     hidden: (n, E), embeddings: (N+1, E), target: (n,)"""
     if log_q is None:
         # A part's scores stay in the cache, and in memory that the process has already.

@@ -209,10 +209,10 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(E, eps=1e-6), nn.LayerNorm(E, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(E, 3 * E), "proj": nn.Linear(E, E)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(E, 4 * E), "fc2": nn.Linear(4 * E, E)})
-    def forward(self, x, out=None):  # (n, T, E) -> (n, out or T, E), of the first `out` tokens
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (n, T, 3, H, E/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n, H, T, E/H) each
-        scores = q[:, :, :out] @ k.transpose(2, 3) / math.sqrt(k.shape[3])  # (n, H, out, T)
+    def forward(self, x, out=None):  # (n, m, E) -> (n, out or m, E), of the first `out` tokens
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (n, m, 3, H, E/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n, H, m, E/H) each
+        scores = q[:, :, :out] @ k.transpose(2, 3) / math.sqrt(k.shape[3])  # (n, H, out, m)
         y = scores.softmax(3) @ v  # (n, H, out, E/H)
         x = x[:, :out] + self.attn["proj"](y.transpose(1, 2).flatten(2))  # (n, out, E)
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))  # (n, out, E)

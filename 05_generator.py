@@ -164,16 +164,16 @@ def code_losses(logits, codes, items, trie, constrained=True):
 
 # --- The model: T5 (RMSNorm first, no biases in linear layers, ReLU, unscaled attention) ---------
 class RelativeBias(nn.Module):
-    """Added to attention scores, a head each: b1[i - j] + b2[slot of query, slot of key]. [20]
-    i and j are the places of the query's and the key's item; a slot is a (modality, level) inside
+    """Added to attention scores, a head each: b1[s - t] + b2[slot of query, slot of key]. [20]
+    s and t are the places of the query's and the key's item; a slot is a (modality, level) inside
     an item. Later items get -inf [23], so that one pass trains on all prefixes of a history."""
     def __init__(self, H, query_slots, key_slots):
         super().__init__()
         self.item = nn.Parameter(torch.zeros(H, FARTHEST + 1))
         self.slot = nn.Parameter(torch.zeros(H, query_slots, key_slots))
-    def forward(self, S, first=0):  # items first..S-1 ask: (H, (S - first) * slots, S * slots)
-        place = torch.arange(S, device=self.item.device)  # (S,)
-        distance = place[first:].unsqueeze(1) - place  # (Q, S)
+    def forward(self, T, first=0):  # items first..T-1 ask: (H, (T - first) * slots, T * slots)
+        place = torch.arange(T, device=self.item.device)  # (T,)
+        distance = place[first:].unsqueeze(1) - place  # (Q, T)
         item = self.item[:, distance.clamp(0, FARTHEST)].masked_fill(distance < 0, -torch.inf)
         return (item[:, :, None, :, None] + self.slot[:, None, :, None, :]).flatten(3).flatten(1, 2)
 
@@ -193,7 +193,7 @@ class Attention(nn.Module):
 
 class Layer(nn.Module):
     """Attention to itself, in the decoder also to the encoder's output, and a feed-forward layer.
-    x: (B, S * M, E) in the encoder; (B, Q, l, E) in the decoder, which writes Q items at once: one
+    x: (B, T * M, E) in the encoder; (B, Q, l, E) in the decoder, which writes Q items at once: one
     after each item (training) or one a beam. memory, past: keys, values of history, codes before"""
     def __init__(self, size, decoder):
         super().__init__()
@@ -239,17 +239,17 @@ class Generator(nn.Module):
         self.decoder = nn.ModuleList(Layer(size, decoder=True) for _ in range(size.layers))
         self.encoder_norm, self.decoder_norm = nn.RMSNorm(E), nn.RMSNorm(E)
         self.output = nn.Parameter(torch.randn(L, E, K) * E ** -0.5)
-    def encode(self, history, masking=0.0):  # (B, S) -> keys, values (B, H, S * M, head) a layer
-        tokens, D = self.shown[history], len(self.masks)  # (B, S, D, L)
+    def encode(self, history, masking=0.0):  # (B, T) -> keys, values (B, H, T * M, head) a layer
+        tokens, D = self.shown[history], len(self.masks)  # (B, T, D, L)
         if masking:  # hide one modality of some items, as if they lacked it: the others must do
-            which = torch.rand(*history.shape, 1, device=history.device) * D / masking  # (B, S, 1)
-            hidden = which.long() == torch.arange(D, device=history.device)  # (B, S, D)
-            tokens = torch.where(hidden.unsqueeze(3), self.masks, tokens)  # (B, S, D, L)  [21]
-        x = self.dropout(self.tokens(tokens.flatten(1)))  # (B, S * M, E)
-        bias = self.encoder_bias(history.shape[1])  # (H, S * M, S * M)
+            which = torch.rand(*history.shape, 1, device=history.device) * D / masking  # (B, T, 1)
+            hidden = which.long() == torch.arange(D, device=history.device)  # (B, T, D)
+            tokens = torch.where(hidden.unsqueeze(3), self.masks, tokens)  # (B, T, D, L)  [21]
+        x = self.dropout(self.tokens(tokens.flatten(1)))  # (B, T * M, E)
+        bias = self.encoder_bias(history.shape[1])  # (H, T * M, T * M)
         for layer in self.encoder:
             x, _ = layer(x, bias)
-        x = self.dropout(self.encoder_norm(x))  # (B, S * M, E)
+        x = self.dropout(self.encoder_norm(x))  # (B, T * M, E)
         return [layer.cross_attention.keys_values(x) for layer in self.decoder]
     def decode(self, tokens, memory, cross_bias, past=None):
         """Scores of the code after each token. tokens: (B, Q, l), those after `past` -> logits
@@ -264,18 +264,18 @@ class Generator(nn.Module):
         x = self.dropout(self.decoder_norm(x))  # (B, Q, l, E)
         return torch.einsum("bqle,lek->bqlk", x, self.output[first:last]), past
     def forward(self, history, target, masking=0.0):
-        """For all t at once: target[:, t] after history[:, :t+1]. (B, S) -> logits (B, S, L, K)"""
-        written = F.pad(self.written[target, :-1], (1, 0), value=self.start_token)  # (B, S, L)
-        bias = self.cross_bias(history.shape[1])  # (H, S * L, S * M)
+        """For all t at once: target[:, t] after history[:, :t+1]. (B, T) -> logits (B, T, L, K)"""
+        written = F.pad(self.written[target, :-1], (1, 0), value=self.start_token)  # (B, T, L)
+        bias = self.cross_bias(history.shape[1])  # (H, T * L, T * M)
         return self.decode(written, self.encode(history, masking), bias)[0]
 
 @torch.no_grad()
 def beam_search(model, trie, history, beam):
-    """The `beam` likeliest items after each history (B, S), best first; exact with beam >= N.
+    """The `beam` likeliest items after each history (B, T), best first; exact with beam >= N.
     -> items, log-probabilities (B, beam); item 0 and -inf where there are fewer"""
-    (B, S), K, device = history.shape, trie.K, history.device
+    (B, T), K, device = history.shape, trie.K, history.device
     memory = model.encode(history)  # once a user: all beams share its keys and values
-    cross_bias = model.cross_bias(S, first=S - 1)  # (H, L, S * M)
+    cross_bias = model.cross_bias(T, first=T - 1)  # (H, L, T * M)
     node = torch.zeros(B, 1, dtype=torch.long, device=device)  # (B, beams); one beam at the root
     score, token, past = 0.0 * node, node + model.start_token, None  # (B, beams) both
     rows = torch.arange(B, device=device).unsqueeze(1)  # (B, 1)
@@ -299,7 +299,7 @@ def recommend(model, trie, data, split, users, args, device):
     torch.manual_seed(0)  # the same batches in all processes
     batches = equal_length_batches(length, 1024)
     for rows in tqdm(batches[args.rank::args.world], split, leave=False, disable=None):
-        history = data["events"][start[rows, None] + torch.arange(length[rows[0]])]  # (B, S)
+        history = data["events"][start[rows, None] + torch.arange(length[rows[0]])]  # (B, T)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             best, score = beam_search(model, trie, history.long().to(device), args.beam)
         items[rows], scores[rows] = best.int().cpu(), score.cpu()
@@ -370,7 +370,7 @@ def main(argv=None):
                 fail(f"--history: {len(found)} titles have '{part}': give more of it, or an [id]."
                      + "".join(f"\n  {names[i]}" for i in found[:10]))
             history += found
-        history = torch.tensor([history[-args.length:]], device=device)  # (1, S)
+        history = torch.tensor([history[-args.length:]], device=device)  # (1, T)
         pairs = zip(*(x[0].tolist() for x in beam_search(model.eval(), trie, history, args.beam)))
         new = {i: f"{math.exp(s):6.1%}  {names[i]}" for i, s in pairs if i not in [0, *history[0]]}
         images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
@@ -398,13 +398,13 @@ def main(argv=None):
         todo, seen = batches[:args.max_steps or None], 0
         total = torch.zeros(L, device=device)  # (L,)
         for i, batch in enumerate(tqdm(todo, f"epoch {epoch}", leave=False, disable=None)):
-            S = int(length[batch[0]])
+            T = int(length[batch[0]])
             done = (epoch + i / len(batches)) / args.epochs  # 0 to 1
             lr = args.lr * min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
             optimizer.param_groups[0]["lr"] = lr
             share = start[batch[args.rank::args.world], None]  # (B, 1), of this process
-            events = data["events"][share + torch.arange(S + 1)].long().to(device)  # (B, S+1)
-            items = events[:, 1:].flatten()  # (B * S,)
+            events = data["events"][share + torch.arange(T + 1)].long().to(device)  # (B, T+1)
+            items = events[:, 1:].flatten()  # (B * T,)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 logits = parallel(events[:, :-1], events[:, 1:], args.masking * (D > 1))
             by_level = code_losses(logits.flatten(0, 1), codes[items], items, trie,
@@ -412,11 +412,11 @@ def main(argv=None):
             if not by_level.isfinite().all():
                 fail(f"step {i}: the loss is no number, lower --lr; {checkpoint} is good")
             # Every target weighs the same, also in a batch that its length left small.
-            (by_level.sum() / max(args.batch, len(batch) * S / args.world)).backward()
+            (by_level.sum() / max(args.batch, len(batch) * T / args.world)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total, seen = total + by_level.detach(), seen + len(batch) * S
+            total, seen = total + by_level.detach(), seen + len(batch) * T
         losses.append(add_up(total).cpu() / max(1, seen))
         if args.max_steps:
             hours = (time.time() - began) / 3600 * len(batches) / len(todo)

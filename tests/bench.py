@@ -522,7 +522,7 @@ def bench_dino():
             ("64 px, ViT-S/8, 2 + 8 crops", (64, 32), 8, 384, 12, 8, 4, 5)):
         images = torch.randint(256, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
         images = torch.nn.functional.interpolate(images, (sizes[0],) * 2, mode="bilinear").byte()
-        options = ["--patch", patch, "--width", width, "--depth", depth, "--local-crops", crops]
+        options = ["--width", width, "--depth", depth, "--local-crops", crops]
         fastest = {}
         for _ in range(2):  # interleaved: a busy moment hits all
             for way in (*ways, *workers):

@@ -132,8 +132,8 @@ def ablations(run, seeds, only, epochs):
 
 
 def fuse(lists, k=20):
-    """Reciprocal rank fusion (Cormack et al., SIGIR 2009): an item's score is the sum of 1 / (k + rank) over the lists
-    that hold it; k was chosen on validation. Lists of (U, top), best first, 0: none -> (U, top)"""
+    """Reciprocal rank fusion (Cormack et al., SIGIR 2009): an item's score is the sum over lists that hold it of
+    1 / (k + items above it); k was chosen on validation. Lists of (U, top), best first, 0: none -> (U, top)"""
     top = lists[0].shape[1]
     items = torch.cat(lists, 1).long()  # (U, all)
     points = (1 / (k + torch.arange(top))).repeat(len(lists)) * (items > 0)  # (U, all)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run_script
 
-N, K, L, D, S = 60, 8, 4, 2, 5
+N, K, L, D, T = 60, 8, 4, 2, 5
 
 
 @pytest.fixture()
@@ -81,8 +81,8 @@ def exhaustive(generator, codes, trie, model, history):
 
 def test_a_wide_beam_ranks_as_scoring_every_item(parts):
     generator, codes, trie, model = parts
-    for S in (1, 3, 7):
-        history = torch.randint(1, N + 1, (1, S))
+    for T in (1, 3, 7):
+        history = torch.randint(1, N + 1, (1, T))
         with torch.no_grad():
             scores = exhaustive(generator, codes, trie, model, history)
         items, found = generator.beam_search(model, trie, history, N)
@@ -94,7 +94,7 @@ def test_a_wide_beam_ranks_as_scoring_every_item(parts):
 
 def test_beams_are_real_items_and_users_do_not_mix(parts):
     generator, codes, trie, model = parts
-    history = torch.randint(1, N + 1, (6, S))
+    history = torch.randint(1, N + 1, (6, T))
     items, scores = generator.beam_search(model, trie, history, 10)
     assert items.min() >= 1 and items.max() <= N
     assert all(len(set(row)) == 10 for row in items.tolist())
@@ -113,16 +113,16 @@ def test_a_beam_wider_than_the_catalogue_is_filled_with_nothing(parts):
 def test_one_pass_equals_every_prefix_alone(parts):
     """The encoder's mask at work: position t of the long pass is the short pass over t + 1 items."""
     _, _, _, model = parts
-    history, target = torch.randint(1, N + 1, (2, 3, S))
+    history, target = torch.randint(1, N + 1, (2, 3, T))
     together = model(history, target)
-    for t in range(S):
+    for t in range(T):
         alone = model(history[:, :t + 1], target[:, :t + 1])[:, -1]
         assert torch.allclose(together[:, t], alone, atol=1e-5)
 
 
 def test_a_later_item_changes_nothing_before_it(parts):
     _, _, _, model = parts
-    history, target = torch.randint(1, N + 1, (2, 3, S))
+    history, target = torch.randint(1, N + 1, (2, 3, T))
     changed = history.clone()
     changed[:, -1] = changed[:, -1] % N + 1
     assert torch.equal(model(history, target)[:, :-1], model(changed, target)[:, :-1])
@@ -134,9 +134,9 @@ def test_masking_hides_one_modality_of_an_item(parts):
     _, _, _, model = parts
     seen = []
     model.tokens.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    history = torch.randint(1, N + 1, (40, S))
+    history = torch.randint(1, N + 1, (40, T))
     model.encode(history, masking=1.0)
-    tokens = seen[0].view(40, S, D, L)
+    tokens = seen[0].view(40, T, D, L)
     hidden = tokens >= D * L * K
     assert (hidden.all(3).sum(2) == 1).all() and torch.equal(hidden.all(3), hidden.any(3))
     assert torch.equal(tokens[~hidden], model.shown[history][~hidden])
