@@ -422,7 +422,7 @@ def main(argv=None):
     has_image = write_images(args.run / "images.pt", find, item_ids, pictures, S, counts)
     with open(args.run / "images.pt", "rb") as file:    # data.pt belongs to these pictures
         MADE_FROM["images.pt"] = hashlib.file_digest(file, "sha256").hexdigest()
-    popular = np.argsort(-train_counts, kind="stable")  # (N+1,)
+    popular = 1 + np.argsort(-train_counts[1:], kind="stable")  # (N,)
     history = events[offsets[U // 2]:offsets[U // 2 + 1]][-8:]
     names = [title or item_id for title, item_id in zip(titles, [""] + item_ids)]
     images = torch.load(args.run / "images.pt", weights_only=True, mmap=True)["images"]

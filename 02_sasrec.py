@@ -75,13 +75,13 @@ def save(artifact, path):
 def resume(path, args, **parts):
     """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
     new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
-    signal.signal(signal.SIGINT, lambda *_: fail("stopped: the same command goes on from here"))
+    signal.signal(signal.SIGINT, lambda *_: fail("stopped: run it again without --fresh to go on"))
     if args.fresh or args.max_steps or not path.exists():
         return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
     state, now = load(path, "this script with --fresh"), vars(args)
     del MADE_FROM[path.name]  # results are not made from it
     for name, then in state["options"].items():
-        if name not in ("run", "device", "rank", "fresh") and then != now[name]:
+        if name not in ("run", "device", "rank", "fresh", "bf16") and then != now[name]:
             fail(f"{path} began with --{name} {then}, not {now[name]}: go on so, or use --fresh.")
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -178,9 +178,10 @@ def cross_entropy(hidden, embeddings, target, log_q=None):
     This loss decides every comparison with SASRec. The original trains with binary cross-entropy
     and one sampled negative, and reaches about two thirds of the recall or less (README, "Turning
     Dross into Gold", RecSys 2023).
-    With log_q (N+1,), the items' log-frequency in training, the softmax runs over the target and
-    NEGATIVES items drawn with frequency q; log q is subtracted from all scores, or popular items,
-    drawn more often, would be pushed down more often (Bengio and Senecal, 2008).
+    With log_q (N+1,), the items' log-frequency in training, the softmax's denominator is the
+    target's own term and, for all others, an estimate from NEGATIVES items drawn with frequency q:
+    each counts 1 / (NEGATIVES * q), or popular items, drawn more often, would be pushed down more
+    often (importance sampling, Bengio and Senecal, 2008). Its mean is the sum over all items.
     hidden: (n, E), embeddings: (N+1, E), target: (n,)"""
     if log_q is None:
         # A part's scores stay in the cache, and in memory that the process has already.
@@ -189,9 +190,9 @@ def cross_entropy(hidden, embeddings, target, log_q=None):
     drawn = torch.multinomial(log_q.exp(), NEGATIVES, replacement=True)  # (NEGATIVES,)
     # One look-up for both: the gradient of each look-up is as large as the table.
     right, wrong = embeddings[torch.cat([target, drawn])].split([len(target), NEGATIVES])
-    negative = hidden @ wrong.T - log_q[drawn]  # (n, NEGATIVES)  [5]
+    negative = hidden @ wrong.T - log_q[drawn] - math.log(NEGATIVES)  # (n, NEGATIVES)  [5]
     negative = negative.masked_fill(drawn == target.unsqueeze(1), -torch.inf)  # (n, NEGATIVES)
-    positive = (hidden * right).sum(1) - log_q[target]  # (n,)
+    positive = (hidden * right).sum(1)  # (n,)
     return (torch.cat([positive.unsqueeze(1), negative], 1).logsumexp(1) - positive).sum()
 
 def binary_cross_entropy(hidden, embeddings, target):
@@ -384,7 +385,7 @@ def main(argv=None):
             optimizer.zero_grad(set_to_none=True)
         losses.append(add_up(torch.tensor(total, device=device)).item() / max(1, targets))
         if args.max_steps:
-            hours = (time.time() - began) / 3600 * len(batches) / step
+            hours = (time.time() - began) / 3600 * len(batches) / max(1, step)
             return print(f"{step} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
         shown = recommend(model, data, "valid", judges, T, min(10, N), device)[0]  # (judges, 10)
         gain = (shown == truth) / torch.log2(2.0 + torch.arange(shown.shape[1]))  # (judges, 10)
@@ -401,9 +402,10 @@ def main(argv=None):
     test, scores = recommend(model, data, "test", everyone, T, top, device)  # (U, top) both
     seconds = {"train": state["seconds"], "predict": time.time() - began}
     valid, _ = recommend(model, data, "valid", everyone, T, top, device)  # (U, top)
+    # Memory is counted in KiB, by macOS in bytes.
     save({"name": args.name, "seed": args.seed, "valid": valid, "test": test, "scores": scores,
-          "seconds": seconds, "parameters": parameters, "bytes": 4 * parameters,
-          "peak_memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+          "seconds": seconds, "parameters": parameters, "bytes": 4 * parameters, "peak_memory":
+          1024 ** (sys.platform != "darwin") * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
           "options": vars(args)}, run / f"predictions-{args.name}-s{args.seed}.pt")
 
     # Collaborative codes. Row 0, the padding, was never trained and never is an item.
@@ -417,7 +419,7 @@ def main(argv=None):
          run / f"{args.name}.pt")
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
           "moved": moved}, run / f"{args.name.replace('sasrec', 'collab')}_codes.pt")
-    checkpoint.unlink(missing_ok=True)
+    args.rank or checkpoint.unlink(missing_ok=True)
 
 if __name__ == "__main__":
     main()

@@ -74,13 +74,13 @@ def save(artifact, path):
 def resume(path, args, **parts):
     """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
     new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
-    signal.signal(signal.SIGINT, lambda *_: fail("stopped: the same command goes on from here"))
+    signal.signal(signal.SIGINT, lambda *_: fail("stopped: run it again without --fresh to go on"))
     if args.fresh or args.max_steps or not path.exists():
         return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
     state, now = load(path, "this script with --fresh"), vars(args)
     del MADE_FROM[path.name]  # results are not made from it
     for name, then in state["options"].items():
-        if name not in ("run", "device", "rank", "fresh") and then != now[name]:
+        if name not in ("run", "device", "rank", "fresh", "bf16") and then != now[name]:
             fail(f"{path} began with --{name} {then}, not {now[name]}: go on so, or use --fresh.")
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -438,7 +438,7 @@ def main(argv=None):
          run / "dino.pt")
     save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
           "moved": moved}, run / "image_codes.pt")
-    checkpoint.unlink(missing_ok=True)
+    rank or checkpoint.unlink(missing_ok=True)
 
 if __name__ == "__main__":
     main()

@@ -69,13 +69,13 @@ def save(artifact, path):
 def resume(path, args, **parts):
     """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
     new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
-    signal.signal(signal.SIGINT, lambda *_: fail("stopped: the same command goes on from here"))
+    signal.signal(signal.SIGINT, lambda *_: fail("stopped: run it again without --fresh to go on"))
     if args.fresh or args.max_steps or not path.exists():
         return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
     state, now = load(path, "this script with --fresh"), vars(args)
     del MADE_FROM[path.name]  # results are not made from it
     for name, then in state["options"].items():
-        if name not in ("run", "device", "rank", "fresh") and then != now[name]:
+        if name not in ("run", "device", "rank", "fresh", "bf16") and then != now[name]:
             fail(f"{path} began with --{name} {then}, not {now[name]}: go on so, or use --fresh.")
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -302,7 +302,7 @@ def recommend(model, trie, data, split, users, args, device):
         history = data["events"][start[rows, None] + torch.arange(length[rows[0]])]  # (B, T)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             best, score = beam_search(model, trie, history.long().to(device), args.beam)
-        items[rows], scores[rows] = best.int().cpu(), score.cpu()
+        items[rows, :best.shape[1]], scores[rows, :best.shape[1]] = best.int().cpu(), score.cpu()
     return add_up(items), add_up(scores)
 
 def main(argv=None):
@@ -339,7 +339,7 @@ def main(argv=None):
     run, history = pathlib.Path(args.run), []
     if args.history is not None:  # the model as it was trained
         saved = load(run / f"generator-{args.name}.pt", "this script without --history")["options"]
-        vars(args).update(saved | {"run": args.run, "history": args.history})
+        vars(args).update(saved | {"run": args.run, "history": args.history, "device": args.device})
     modalities = args.modalities.split(",")
     if not (args.target in modalities and args.lr > 0 and 0 <= args.masking <= 1 > args.dropout >= 0
             and 0 <= args.seed < 2 ** 32 and min(args.length, args.width, args.layers, args.heads,
@@ -419,7 +419,7 @@ def main(argv=None):
             total, seen = total + by_level.detach(), seen + len(batch) * T
         losses.append(add_up(total).cpu() / max(1, seen))
         if args.max_steps:
-            hours = (time.time() - began) / 3600 * len(batches) / len(todo)
+            hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
             return print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
         top = recommend(model, trie, data, "valid", judges, args, device)[0][:, :10]  # (judges, 10)
         gain = (top == truth) / torch.log2(2.0 + torch.arange(top.shape[1]))  # (judges, 10)
@@ -441,9 +441,9 @@ def main(argv=None):
     size = sum(t.nbytes for t in [*model.parameters(), *trie.keys, *trie.allowed, trie.leaf_item])
     save({"name": args.name, "seed": args.seed, "valid": valid, "test": test, "scores": scores,
           "seconds": {"train": state["seconds"], "predict": predict}, "parameters": parameters,
-          "bytes": size + 2 * N * D * L, "peak_memory": 1024 * peak, "options": vars(args)},
-         run / f"predictions-{args.name}-s{args.seed}.pt")
-    checkpoint.unlink(missing_ok=True)
+          "bytes": size + 2 * N * D * L, "options": vars(args), "peak_memory": peak * 1024 ** (
+              sys.platform != "darwin")}, run / f"predictions-{args.name}-s{args.seed}.pt")
+    args.rank or checkpoint.unlink(missing_ok=True)
 
 if __name__ == "__main__":
     main()

@@ -407,7 +407,7 @@ def main(argv=None):
         stats = use(saved["codes"][saved["known"]], K := saved["codebooks"].shape[1])
         codes[modality], trees[modality] = stats, saved | {"stats": stats}
         code_rows.append([modality, f"{saved['known'][1:].float().mean():.0%}", str(K),
-                          numbers(stats["used"][:3], 100), numbers(stats["perplexity"][:3]),
+                          numbers(stats["used"][:3], 100), numbers(stats["perplexity"]),
                           numbers(stats["unique"], 100), numbers(stats["largest"]),
                           str(saved.get("moved", "-"))])
         for name, label in labels.items():
@@ -432,7 +432,7 @@ def main(argv=None):
                   "% Recall@10 by decile of the target's events, rare first"], shown),
         "\nOf all first tens: share of the catalogue; Gini, 0 all alike, 1 one item; share of the "
         "best-selling tenth;\nmean of the events in training of what is shown.\n",
-        markdown(["codes", "items known", "K", "% of K used, levels 1-3", "perplexity",
+        markdown(["codes", "items known", "K", "% of K used, levels 1-3", "perplexity, 1-4",
                   "% items alone after 1, 2, 3", "most items on one prefix", "moved"], code_rows),
         "\n" + markdown(["codes", "and", "NMI of prefixes of 1, 2, 3 levels", "if shuffled",
                          "purity", "if shuffled"], meanings)])

@@ -186,6 +186,12 @@ def test_history_prints_titles(smoke):
     assert data["titles"][3] in given and "%" in new and f"[{data['item_ids'][3]}]" not in new
     with Image.open(run / "history.png") as page:  # the two given above, what comes next below
         assert page.width > 900 and page.crop((5, 5, 100, 100)).getcolors(10) is None
+    saved = load(run / "generator-mscgrec.pt")
+    saved["options"]["device"] = "cuda"  # where it was trained: it may be asked elsewhere
+    torch.save(saved, run / "generator-elsewhere.pt")
+    again = run_script(5, "--run", run, "--name", "elsewhere", "--history", f"{data['item_ids'][3]};{data['item_ids'][5]}")
+    assert again.stdout == shown.stdout, again.stderr
+    (run / "generator-elsewhere.pt").unlink()
     unclear = run_script(5, "--run", run, "--smoke", "--history", "no such title")
     assert unclear.returncode == 2 and "0 titles have" in unclear.stderr
 

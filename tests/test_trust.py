@@ -56,6 +56,9 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bits(smoke, tmp_path, number)
     options = ("--epochs", 6)
     assert run_script(number, "--run", runs[0], "--smoke", *options).returncode == 0
     assert kill_after_first_checkpoint(number, runs[1], *options)
+    state = torch.load(runs[1] / CHECKPOINT[number], weights_only=True)
+    state["options"] |= {"device": "cuda"} | ({"bf16": True} if number == 5 else {})
+    torch.save(state, runs[1] / CHECKPOINT[number])  # as if begun on a GPU: where it goes on is free
     other = run_script(number, "--run", runs[1], "--smoke", "--epochs", 7)
     assert other.returncode == 2 and "--epochs 6" in other.stderr, "another command must not go on with it"
     process = run_script(number, "--run", runs[1], "--smoke", *options)
