@@ -167,7 +167,7 @@ def test_tables_of_codes(tmp_path):
     assert saved["codes"]["text"]["used"] == [3 / 16, 11 / 16, 1 / 16, 1 / 16] and "interval" not in saved["rows"]["foreign"]
     first = torch.tensor([10, 9, 11]) / 30
     assert saved["codes"]["text"]["perplexity"][0] == pytest.approx(float((-first * first.log()).sum().exp()))
-    assert cells(table, "text") == [["text", "75%", "16", "19, 69, 6", "3, 4, 1", "0, 37, 37", "11, 10, 10", "3"]]
+    assert cells(table, "text") == [["text", "75%", "16", "19, 69, 6", "3, 4, 1, 1", "0, 37, 37", "11, 10, 10", "3"]]
 
 
 def without(name):
