@@ -6,7 +6,8 @@
 
 Peers are installed by hand (pip install transformers faiss-cpu pandas recbole torchvision); those that are no
 package are looked for in folders of $PEERS: dino (facebookresearch/dino), SASRec.pytorch (pmixer/SASRec.pytorch).
-A missing one is named and skipped. Times are those of the wall clock, the best of a few runs after one uncounted.
+A missing one is named and skipped. Times are those of the wall clock, the best of a few runs after one uncounted, if
+nothing else is said; `quality` counts the processor's seconds (OMP_NUM_THREADS=1), `data` and `scale` run once.
 """
 import argparse
 import contextlib
@@ -507,10 +508,11 @@ def theirs(images, batch, steps, workers, sizes, patch, width, depth, crops):
 
 
 def bench_dino():
-    """Pictures a second of training, fp32 on CPU; the peer may choose how many processes load pictures."""
+    """Pictures a second of training on CPU; the peer may choose how many processes load pictures."""
     peers, workers = PEERS / "dino", ()
     if (peers / "main_dino.py").exists():
         workers, sys.path[:0] = (0, 1, 2), [str(peers)]
+        sys.modules.pop("utils", None)  # pmixer's, if bench_sasrec came before
         # The peer expects CUDA, and a torchvision whose compiled operators load: neither is timed.
         torchvision_without_operators()
         torch.Tensor.cuda, torch.cuda.synchronize = lambda self, **given: self, lambda: None
@@ -520,7 +522,7 @@ def bench_dino():
     for what, sizes, patch, width, depth, crops, batch, steps in (
             ("32 px, ViT 96 x 4, 2 + 2 crops", (32, 16), 4, 96, 4, 2, 32, 12),
             ("64 px, ViT-S/8, 2 + 8 crops", (64, 32), 8, 384, 12, 8, 4, 5)):
-        images = torch.randint(256, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+        images = torch.randint(256, (steps * batch, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
         images = torch.nn.functional.interpolate(images, (sizes[0],) * 2, mode="bilinear").byte()
         options = ["--width", width, "--depth", depth, "--local-crops", crops]
         fastest = {}

@@ -7,7 +7,7 @@
 half-written. A fault is a row (what was done, what happened, survived).
 """
 import contextlib, gzip, http.server, io, json, os, pathlib, random, re, shutil, signal, struct, subprocess
-import sys, tempfile, threading, time, zlib
+import sys, tempfile, threading, time, types, zlib
 
 import numpy as np
 import torch
@@ -407,11 +407,11 @@ class Evil:
 def endpoint(run):
     """04 asks a server that answers nonsense."""
     t, rows = script(4), []
-    t.time.sleep, ask = lambda seconds: None, t.requests.post
+    t.time, ask = types.SimpleNamespace(sleep=lambda seconds: None), t.requests.post  # 04 need not wait
     t.requests.post = lambda *a, **k: ask(*a, **k | {"timeout": (1, 1)})
     good = lambda n: {"data": [{"index": i, "embedding": [float(i), 1.0, 2.0]} for i in range(n)]}
     answers = {"time-out": None, "401": (401, b"{}"), "wrong count": (200, good(3)), "503 always": (503, b""),
-               "NaN": (200, lambda n: json.dumps(good(n)).replace("1.0", "NaN").encode()), "HTML": (200, b"<html>"),
+               "NaN": (200, lambda n: json.dumps(good(n)).replace(" 1.0,", " NaN,").encode()), "HTML": (200, b"<html>"),
                "10**400": (200, lambda n: json.dumps(good(n)).replace("2.0", "1" + "0" * 400).encode()),
                "[[[[...": (200, b"[" * 100_000), "null": (200, b"null"), "cut short": (200, b'{"data": ['),
                "another width for each": (200, lambda n: json.dumps({"data": [
@@ -503,7 +503,7 @@ def files(tmp):
     rows, run = [], tmp / "run"
     assert start(1, "--run", run, "--smoke").returncode == 0
     full = tmp / "full"
-    for number, megabytes in ((1, 0.1), (1, 0.4), (1, 1), (4, 0.12), (4, 0.2)):
+    for number, megabytes in ((1, 0.1), (1, 0.4), (1, 1), (4, 0.03), (4, 0.04)):
         full.mkdir()
         size = int(megabytes * 2 ** 20)
         if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", full], capture_output=True).returncode:
@@ -550,10 +550,9 @@ def files(tmp):
     for _ in range(20):
         at = rng.randrange(len(raw))
         damages[f"bit flipped at {at}"] = raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1:]
-    torch.save({"item_ids": ["", "x"]}, tmp / "other.pt")
     torch.save([1, 2], tmp / "list.pt")
     torch.save({"a": Evil()}, tmp / "evil.pt")
-    damages |= {name: (tmp / f"{name}.pt").read_bytes() for name in ("other", "list", "evil")}
+    damages |= {name: (tmp / f"{name}.pt").read_bytes() for name in ("list", "evil")}
     for name, content in damages.items():
         (place / "data.pt").write_bytes(content)
         child = start(4, "--run", place, "--smoke")

@@ -1,4 +1,4 @@
-"""What the paper's reviewers asked, each question with a command that answers it. Not part of pytest: minutes to hours.
+"""What the paper's reviewers asked, each question with a command that answers it. Minutes to hours; pytest runs a few parts.
 
     python tests/questions.py rows --run runs/films --seeds 0 1 2        # the README's tables: all models, every seed
     python tests/questions.py ablations --run runs/films --seeds 0 1 2   # a part of the method less, one at a time
@@ -68,7 +68,8 @@ def table(header, rows):
 def prepare(run, seed, names):
     """SASRec and codes of this seed, where the run has none or those of another."""
     for number, file, options in (CODES[name] for name in names):
-        if not (run / file).exists() or load(run / file)["options"]["seed"] != seed:
+        made = load(run / file)["options"] if (run / file).exists() else {}
+        if made.get("seed") != seed or made.get("plain"):
             call(number, "--run", run, "--seed", seed, *options)
 
 
@@ -188,7 +189,7 @@ def generator(run, name, hidden=()):
     modalities = args.modalities.split(",")
     sources = [load(run / f"{m}_codes.pt") for m in modalities]
     codes, known = (torch.stack([s[key] for s in sources], 1) for key in ("codes", "known"))  # (N+1, D, L), (N+1, D)
-    for m in hidden:
+    for m in set(hidden) & set(modalities):
         known[:, modalities.index(m)] = False
     target, books = modalities.index(args.target), [s["codebooks"] for s in sources]
     model = g.Generator(codes.long(), known, target, books, args)

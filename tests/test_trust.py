@@ -67,6 +67,9 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bits(smoke, tmp_path, number)
     for name in WRITTEN[number]:
         same(*(torch.load(run / name, weights_only=True) for run in runs), name)
     assert not list(runs[1].glob("*.checkpoint")) and not list(runs[1].glob("*.partial"))
+    torch.save(state, runs[1] / CHECKPOINT[number])
+    fresh = run_script(number, "--run", runs[1], "--smoke", "--epochs", 1, "--fresh")
+    assert "epoch   0" in fresh.stdout or "epoch 1:" in fresh.stdout, "it went on with what --fresh leaves aside"
 
 
 def test_files_that_do_not_belong_together_are_refused(smoke, tmp_path):
