@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 SAMPLED_FROM = 50_000  # larger catalogues train with a sampled softmax of
-NEGATIVES = 1024       # items, drawn once a step and shared by its targets
+NEGATIVES = 4096       # items, drawn once a step and shared by its targets
 WARM_UP = 100          # steps in which the learning rate rises to its value
 JUDGES = 20_000        # users whose validation events decide when training stops
 

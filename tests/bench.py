@@ -255,7 +255,7 @@ def bidirectional(g):
 
 
 def train(g, run, seed, both_ways, epochs, batch=128, length=20, lr=2e-3):
-    """The loop of 05_generator.py with its defaults. -> [(seconds of training, validation NDCG@10)], one an epoch.
+    """The loop of 05_generator.py, its defaults but for the epochs. -> [(seconds of training, validation NDCG@10)], one an epoch.
     Seconds are the processor's (with OMP_NUM_THREADS=1 those of one core): other work does not lengthen them."""
     args = argparse.Namespace(width=64, layers=2, heads=4, head=16, inner=256, dropout=0.1, length=length, beam=20,
                               rank=0, world=1, bf16=False)
