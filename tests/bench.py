@@ -11,6 +11,7 @@ nothing else is said; `quality` counts the processor's seconds (OMP_NUM_THREADS=
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import gzip
 import importlib.util
@@ -177,7 +178,13 @@ def hf_t5():
 
 
 def bench_beam():
-    """Beam 20 on full-length histories. HF gets a dictionary of prefixes as prefix_allowed_tokens_fn, as peers do."""
+    """Beam 20 on full-length histories. HF gets a dictionary of prefixes as prefix_allowed_tokens_fn, as peers do.
+
+    glibc gives large blocks back to the system, and half of HF's time goes into getting them again. Here it keeps
+    them (M_MMAP_MAX 0, M_TRIM_THRESHOLD at its largest), for both sides: HF's best."""
+    with contextlib.suppress(AttributeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
     g = script(5)
     model, codes, trie = some_generator(g)
     history = torch.randint(1, len(codes), (24, S))
@@ -255,8 +262,8 @@ def bidirectional(g):
 
 
 def train(g, run, seed, both_ways, epochs, batch=128, length=20, lr=2e-3):
-    """The loop of 05_generator.py, its defaults but for the epochs. -> [(seconds of training, validation NDCG@10)], one an epoch.
-    Seconds are the processor's (with OMP_NUM_THREADS=1 those of one core): other work does not lengthen them."""
+    """The loop of 05_generator.py, its defaults but for the epochs. -> [(seconds of training, validation NDCG@10)], one
+    an epoch. Seconds are the processor's (OMP_NUM_THREADS=1: of one core): other work does not lengthen them."""
     args = argparse.Namespace(width=64, layers=2, heads=4, head=16, inner=256, dropout=0.1, length=length, beam=20,
                               rank=0, world=1, bf16=False)
     torch.manual_seed(seed)
@@ -621,14 +628,16 @@ np.savez(sys.argv[2], events=item + 1, offsets=np.r_[0, np.bincount(user).cumsum
 """
 
 
+# A process counts the peak of the one that starts it as its own: so a small one starts it.
+PEAK = "import resource, subprocess as s, sys; s.run(sys.argv[1:], stdout=2, check=True); " \
+       "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+
+
 def timed(*line):
     """-> seconds from start to end of a process, its peak GiB"""
     began = time.perf_counter()
-    child = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0, line
-    return time.perf_counter() - began, usage.ru_maxrss / 2 ** 20
+    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, line)], stdout=subprocess.PIPE, check=True)
+    return time.perf_counter() - began, int(done.stdout) / 2 ** 20
 
 
 def bench_data(n=5_000_000):
@@ -710,18 +719,17 @@ def watch(line):
     """Runs a command line. -> exit code, seconds, peak GiB, peak GiB of anonymous memory, what it printed.
 
     The first peak counts pages of mapped files too, which the system may drop at any time."""
-    start, anonymous = time.time(), 0
+    start, most = time.time(), {"VmHWM": 0, "RssAnon": 0}  # KiB
     with tempfile.TemporaryFile("w+") as printed:
         child = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT)
-        while (done := os.wait4(child.pid, os.WNOHANG))[0] == 0:
-            status = pathlib.Path(f"/proc/{child.pid}/status")
-            lines = status.read_text().split("\n") if status.exists() else []
-            anonymous = max([anonymous] + [int(x.split()[1]) for x in lines if x[:7] == "RssAnon"])
+        while child.poll() is None:
+            with contextlib.suppress(OSError):  # it has ended by now
+                fields = dict(x.split(":", 1) for x in pathlib.Path(f"/proc/{child.pid}/status").read_text().splitlines())
+                most = {key: max(peak, int(fields.get(key, "0").split()[0])) for key, peak in most.items()}
             time.sleep(0.2)
-        child.returncode = os.waitstatus_to_exitcode(done[1])
         printed.seek(0)
-        return (child.returncode, time.time() - start, done[2].ru_maxrss / 2 ** 20,
-                anonymous / 2 ** 20, printed.read())
+        return (child.returncode, time.time() - start, most["VmHWM"] / 2 ** 20, most["RssAnon"] / 2 ** 20,
+                printed.read())
 
 
 def bench_scale(scripts=(1, 2, 3, 4, 5, 6), steps=50):
