@@ -176,8 +176,8 @@ class SASRec(nn.Module):
 def cross_entropy(hidden, embeddings, target, log_q=None):
     """Next-item loss, the sum of nats: the softmax runs over all items [4].
     This loss decides every comparison with SASRec. The original trains with binary cross-entropy
-    and one sampled negative, and reaches about two thirds of the recall or less (README, "Turning
-    Dross into Gold", RecSys 2023).
+    and one sampled negative, and reaches half to four fifths of the recall (README; "Turning Dross
+    into Gold", RecSys 2023).
     With log_q (N+1,), the items' log-frequency in training, the softmax's denominator is the
     target's own term and, for all others, an estimate from NEGATIVES items drawn with frequency q:
     each counts 1 / (NEGATIVES * q), or popular items, drawn more often, would be pushed down more
