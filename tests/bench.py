@@ -1,4 +1,4 @@
-"""How fast the six scripts are, each figure as a ratio against a peer in the same run. Prints a table; asserts nothing.
+"""How fast the six scripts are, each figure as a ratio against a peer in the same run. Prints tables; asserts nothing.
 
     python tests/bench.py                       # everything but the long ones: minutes
     python tests/bench.py training beam         # some parts: the names are those of the functions below
@@ -519,7 +519,6 @@ def bench_dino():
     peers, workers = PEERS / "dino", ()
     if (peers / "main_dino.py").exists():
         workers, sys.path[:0] = (0, 1, 2), [str(peers)]
-        sys.modules.pop("utils", None)  # pmixer's, if bench_sasrec came before
         # The peer expects CUDA, and a torchvision whose compiled operators load: neither is timed.
         torchvision_without_operators()
         torch.Tensor.cuda, torch.cuda.synchronize = lambda self, **given: self, lambda: None
@@ -628,16 +627,22 @@ np.savez(sys.argv[2], events=item + 1, offsets=np.r_[0, np.bincount(user).cumsum
 """
 
 
-# A process counts the peak of the one that starts it as its own: so a small one starts it.
-PEAK = "import resource, subprocess as s, sys; s.run(sys.argv[1:], stdout=2, check=True); " \
-       "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+def watch(line):
+    """Runs a command line. -> exit code, seconds, peak GiB, peak GiB of anonymous memory, what it printed.
 
-
-def timed(*line):
-    """-> seconds from start to end of a process, its peak GiB"""
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, line)], stdout=subprocess.PIPE, check=True)
-    return time.perf_counter() - began, int(done.stdout) / 2 ** 20
+    The first peak counts pages of mapped files too, which the system may drop at any time."""
+    start, most = time.time(), {"VmHWM": 0, "RssAnon": 0}  # KiB
+    with tempfile.TemporaryFile("w+") as printed:
+        child = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT)
+        while child.poll() is None:
+            with contextlib.suppress(OSError):  # it has ended by now
+                status = pathlib.Path(f"/proc/{child.pid}/status").read_text()
+                fields = dict(x.split(":", 1) for x in status.splitlines())
+                most = {key: max(peak, int(fields.get(key, "0").split()[0])) for key, peak in most.items()}
+            time.sleep(0.2)
+        printed.seek(0)
+        return (child.returncode, time.time() - start, most["VmHWM"] / 2 ** 20, most["RssAnon"] / 2 ** 20,
+                printed.read())
 
 
 def bench_data(n=5_000_000):
@@ -648,12 +653,14 @@ def bench_data(n=5_000_000):
         if not path.exists():
             make_reviews(path.parent, n)
         line = command(1, "--run", data.parent, "--dataset", path.parent, "--ties", "file", "--image-size", 8)
-        ours, peak = timed(*line)
+        code, ours, peak, *_ = watch(line)
+        assert code == 0, line
         whole, asked = data.read_bytes(), ">= 2x"
         what = f"01_data.py: {n:,} reviews, seconds"
         rows = [(what, f"{ours:.1f}", "not installed", "", asked)]
         if importlib.util.find_spec("pandas"):
-            peer, peer_peak = timed(sys.executable, "-c", PANDAS_SIDE, str(path), str(tmp / "pandas.npz"))
+            code, peer, peer_peak, *_ = watch([sys.executable, "-c", PANDAS_SIDE, str(path), str(tmp / "pandas.npz")])
+            assert code == 0, "pandas failed"
             d, p = torch.load(data, weights_only=True), np.load(tmp / "pandas.npz")
             same = all(np.array_equal(a, b) for a, b in (
                 (d["events"], p["events"]), (d["offsets"], p["offsets"]),
@@ -666,7 +673,8 @@ def bench_data(n=5_000_000):
         time.sleep(ours / 2)
         child.kill()
         killed = child.wait() != 0 and not data.exists()
-        again, _ = timed(*line)
+        code, again, *_ = watch(line)
+        assert code == 0, line
         rows += [("  killed half-way, run again: the same bytes",
                   str(killed and data.read_bytes() == whole), f"({again:.1f} s)", "", "True")]
     return rows
@@ -715,23 +723,6 @@ def make_shop(folder, N=400_000, U=700_000, events=6_500_000, seed=0):
     os.replace(folder / "reviews.partial", folder / "reviews.jsonl.gz")  # written last: complete
 
 
-def watch(line):
-    """Runs a command line. -> exit code, seconds, peak GiB, peak GiB of anonymous memory, what it printed.
-
-    The first peak counts pages of mapped files too, which the system may drop at any time."""
-    start, most = time.time(), {"VmHWM": 0, "RssAnon": 0}  # KiB
-    with tempfile.TemporaryFile("w+") as printed:
-        child = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT)
-        while child.poll() is None:
-            with contextlib.suppress(OSError):  # it has ended by now
-                fields = dict(x.split(":", 1) for x in pathlib.Path(f"/proc/{child.pid}/status").read_text().splitlines())
-                most = {key: max(peak, int(fields.get(key, "0").split()[0])) for key, peak in most.items()}
-            time.sleep(0.2)
-        printed.seek(0)
-        return (child.returncode, time.time() - start, most["VmHWM"] / 2 ** 20, most["RssAnon"] / 2 ** 20,
-                printed.read())
-
-
 def bench_scale(scripts=(1, 2, 3, 4, 5, 6), steps=50):
     """All scripts in order; training for some steps. $BENCH_DIR keeps the shop and the run."""
     rows = []
@@ -756,11 +747,12 @@ def main():
     chosen = sys.argv[1:] or [name for name in benches if name not in LONG]
     if unknown := set(chosen) - set(benches):
         sys.exit(f"There is no {', '.join(sorted(unknown))}: choose from {', '.join(benches)}.")
+    if len(chosen) > 1:  # each in a process of its own: peers change torch, modules and the allocator for what follows
+        sys.exit(max(subprocess.run([sys.executable, __file__, name]).returncode for name in chosen))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| what | ours | peer | ratio | asked |\n|---|---|---|---|---|")
-    for name in chosen:
-        for row in benches[name]():
-            print("| " + " | ".join(row) + " |", flush=True)
+    for row in benches[chosen[0]]():
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":
