@@ -135,32 +135,40 @@ class Dropout(nn.Dropout):
         return x * ((torch.rand_like(x) >= self.p) / (1 - self.p)) if self.training else x
 
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each added to what comes in, norm first."""
-    def __init__(self, E, H, dropout):
+    """Causal self-attention and a feed-forward layer, each added to what comes in. The norm stands
+    before each of them, or behind the sum (post), as in the first transformer."""
+    def __init__(self, E, H, dropout, post):
         super().__init__()
-        self.H, self.dropout = H, Dropout(dropout)
+        self.H, self.post, self.dropout = H, post, Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(E), nn.LayerNorm(E)
         self.qkv, self.out = nn.Linear(E, 3 * E), nn.Linear(E, E)
         self.up, self.down = nn.Linear(E, 4 * E), nn.Linear(4 * E, E)
-    def forward(self, x):
+    def attend(self, x):
         B, T, E = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.H, E // self.H).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(B, T, 3, self.H, E // self.H).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, E/H)
-        x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(B, T, E)))  # (B, T, E)
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))  # (B, T, E)
+        return self.dropout(self.out(mixed.transpose(1, 2).reshape(B, T, E)))  # (B, T, E)
+    def feed(self, x):
+        return self.dropout(self.down(F.gelu(self.up(x))))  # (B, T, E)
+    def forward(self, x):
+        for norm, part in (self.norm1, self.attend), (self.norm2, self.feed):
+            x = norm(x + part(x)) if self.post else x + part(norm(x))  # (B, T, E)
+        return x
 
 class SASRec(nn.Module):
     """Item ids (B, T) -> for each position the vector (B, T, E) whose inner product with an item's
     vector is the score of that item as the next one. content: what else is known of the items,
-    (N+1, d); its projection is added to the item embeddings."""
-    def __init__(self, N, T, E, H, layers, dropout, content=None):
+    (N+1, d); its projection is added to the item embeddings. post: norms as in the first
+    transformer, also of what comes in, and a last layer, as in BERT4Rec: what comes out is no
+    longer held near the last item, whose embedding went in."""
+    def __init__(self, N, T, E, H, layers, dropout, content=None, post=False):
         super().__init__()
         self.items, self.positions = nn.Embedding(N + 1, E), nn.Embedding(T, E)
         self.register_buffer("content", content, persistent=False)
         self.project = None if content is None else nn.Linear(content.shape[1], E, bias=False)
         self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(E, H, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(E)
+        self.blocks = nn.ModuleList(Block(E, H, dropout, post) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(E), nn.Linear(E, E) if post else None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -168,10 +176,11 @@ class SASRec(nn.Module):
         return self.items.weight + self.project(self.content) if self.project else self.items.weight
     def forward(self, history):
         place = torch.arange(history.shape[1], device=history.device)  # (T,)
-        x = self.dropout(F.embedding(history, self.vectors()) + self.positions(place))  # (B, T, E)
+        x = F.embedding(history, self.vectors()) + self.positions(place)  # (B, T, E)
+        x = self.dropout(self.norm(x) if self.head else x)  # (B, T, E)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return x + self.head(x) if self.head else self.norm(x)  # (B, T, E)
 
 def cross_entropy(hidden, embeddings, target, log_q=None):
     """Next-item loss, the sum of nats: the softmax runs over all items [4].
@@ -279,18 +288,17 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)  [10]
+    # Of a full prefix those move that are served worst.  [10]
+    moved = number_in_group(prefix, residual.square().sum(1).argsort(stable=True)) >= K  # (N+1,)
     size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
             for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
     for item in moved.nonzero()[:, 0].tolist():
         residual, place = embeddings[item], 0  # (d,)
         for l, C in enumerate(codebooks):  # the nearest branch that is not full
             full = size[l].view(-1, K)[place] == K ** (3 - l)  # (K,)
-            distance = (residual - C).square().sum(1).masked_fill(full, math.inf)  # (K,)
-            k = distance.argmin().item()
+            k = (residual - C).square().sum(1).masked_fill(full, math.inf).argmin().item()
             codes[item, l], residual, place = k, residual - C[k], place * K + k
             size[l][place] += 1
         prefix[item] = place
@@ -313,6 +321,7 @@ def main(argv=None):
     add("--name", default="sasrec", help="of its row and files; another writes NAME_codes.pt too")
     add("--content", default="", help="codes' files whose embeddings items have too, as text,image")
     add("--loss", choices=("softmax", "bce"), default="softmax", help="over all items, or original")
+    add("--post-norm", action="store_true", help="norms as in the first transformer, a last layer")
     add("--length", type=int, default=20, help="T: events of history that the model sees")
     add("--width", type=int, default=64, help="E: width of the model, and of the item embeddings")
     add("--layers", type=int, default=2, help="transformer blocks")
@@ -344,9 +353,9 @@ def main(argv=None):
     content = [load(run / f"{m}_codes.pt", f"the script of {m}_codes.pt")["embeddings"]
                for m in args.content.split(",") if m]  # (N+1, d) each
     content = torch.cat(content, 1) if content else None  # (N+1, d)
-    model = SASRec(N, T, args.width, args.heads, args.layers, args.dropout, content).to(device)
+    model = SASRec(N, T, args.width, args.heads, args.layers, args.dropout, content, args.post_norm)
+    optimizer = torch.optim.Adam(model.to(device).parameters(), fused=True)
     replica = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
     log_q = (counts / counts.sum()).log().to(device) if N > SAMPLED_FROM else None  # (N+1,)
     judges = torch.randperm(U)[:JUDGES][args.rank::args.world]  # (judges,): a process's share
     truth = data["events"][data["offsets"][1 + judges] - 2].unsqueeze(1)  # (judges, 1)

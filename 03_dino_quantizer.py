@@ -162,18 +162,17 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    worst_last = residual.square().sum(1).argsort(stable=True)  # (N+1,)
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    moved = number_in_group(prefix, worst_last) >= K  # (N+1,)  [10]
+    # Of a full prefix those move that are served worst.  [10]
+    moved = number_in_group(prefix, residual.square().sum(1).argsort(stable=True)) >= K  # (N+1,)
     size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
             for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
     for item in moved.nonzero()[:, 0].tolist():
         residual, place = embeddings[item], 0  # (d,)
         for l, C in enumerate(codebooks):  # the nearest branch that is not full
             full = size[l].view(-1, K)[place] == K ** (3 - l)  # (K,)
-            distance = (residual - C).square().sum(1).masked_fill(full, math.inf)  # (K,)
-            k = distance.argmin().item()
+            k = (residual - C).square().sum(1).masked_fill(full, math.inf).argmin().item()
             codes[item, l], residual, place = k, residual - C[k], place * K + k
             size[l][place] += 1
         prefix[item] = place

@@ -130,12 +130,10 @@ def meaning(codes, category):
     for l in (1, 2, 3):
         both = torch.cat([codes[:, :l], category.unsqueeze(1)], 1)  # (n, l + 1)
         H_prefix = entropy(codes[:, :l])
-        shared = H_prefix + H_category - entropy(both)
-        nmi.append(2 * shared / max(H_prefix + H_category, 1e-9))
+        nmi.append(2 * (H_prefix + H_category - entropy(both)) / max(H_prefix + H_category, 1e-9))
         pairs, count = both.unique(dim=0, return_counts=True)  # (pairs, l + 1), (pairs,)
         prefix = pairs[:, :l].unique(dim=0, return_inverse=True)[1]  # (pairs,)
-        most = torch.zeros(prefix.max() + 1, dtype=torch.long).scatter_reduce_(
-            0, prefix, count, "amax")  # (prefixes,)
+        most = prefix.new_zeros(prefix.max() + 1).scatter_reduce_(0, prefix, count, "amax")  # (p,)
         purity.append(most.sum().item() / len(codes))
     return {"nmi": nmi, "purity": purity}
 

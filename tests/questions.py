@@ -219,7 +219,8 @@ def sasrec_scores(run, data, split, gap=0):
     """All items' scores (U, N) by the run's SASRec, if it does not know the last `gap` events (the first it does)."""
     saved, s, N = load(run / "sasrec.pt"), script(2), len(data["item_ids"]) - 1
     options = argparse.Namespace(**saved["options"])
-    model = s.SASRec(N, options.length, options.width, options.heads, options.layers, 0.0)
+    model = s.SASRec(N, options.length, options.width, options.heads, options.layers, 0.0,
+                     post=getattr(options, "post_norm", False))
     model.load_state_dict(saved["weights"])
     model.eval()
     start, length = s.windows(split, data["offsets"], options.length)  # (U,) both

@@ -8,13 +8,14 @@ import torch
 from conftest import command, run_script
 
 
-def model_of(scripts, N=30, T=6):
+def model_of(scripts, N=30, T=6, post=False):
     torch.manual_seed(0)
-    return scripts[2].SASRec(N, T, 16, 2, 2, 0.0).eval()
+    return scripts[2].SASRec(N, T, 16, 2, 2, 0.0, post=post).eval()
 
 
-def test_later_items_change_nothing_before_them(scripts):
-    model = model_of(scripts)
+@pytest.mark.parametrize("post", [False, True])
+def test_later_items_change_nothing_before_them(scripts, post):
+    model = model_of(scripts, post=post)
     history = torch.randint(1, 31, (4, 6))
     changed = history.clone()
     changed[:, -1] = changed[:, -1] % 30 + 1
@@ -146,7 +147,7 @@ def test_other_rows_of_the_table_leave_the_collaborative_codes_alone(smoke, tmp_
     """SASRec + content and SASRec with its original loss have files of their own."""
     for file in ("data.pt", "text_codes.pt"):
         os.symlink(smoke[0] / file, tmp_path / file)
-    for name, options in (("content", ("--content", "text")), ("bce", ("--loss", "bce"))):
+    for name, options in (("content", ("--content", "text")), ("bce", ("--loss", "bce", "--post-norm"))):
         process = run_script(2, "--run", tmp_path, "--smoke", "--name", name, *options)
         assert process.returncode == 0, process.stderr
     assert {path.name for path in tmp_path.iterdir()} == {
