@@ -354,8 +354,9 @@ def main(argv=None):
                for m in args.content.split(",") if m]  # (N+1, d) each
     content = torch.cat(content, 1) if content else None  # (N+1, d)
     model = SASRec(N, T, args.width, args.heads, args.layers, args.dropout, content, args.post_norm)
-    optimizer = torch.optim.Adam(model.to(device).parameters(), fused=True)
+    model.to(device)
     replica = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
     log_q = (counts / counts.sum()).log().to(device) if N > SAMPLED_FROM else None  # (N+1,)
     judges = torch.randperm(U)[:JUDGES][args.rank::args.world]  # (judges,): a process's share
     truth = data["events"][data["offsets"][1 + judges] - 2].unsqueeze(1)  # (judges, 1)

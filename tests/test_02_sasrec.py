@@ -144,15 +144,16 @@ def test_max_steps_ends_training_and_says_what_an_epoch_takes(smoke, tmp_path):
 
 
 def test_other_rows_of_the_table_leave_the_collaborative_codes_alone(smoke, tmp_path):
-    """SASRec + content and SASRec with its original loss have files of their own."""
+    """SASRec + content, SASRec with its original loss, with other norms: they have files of their own."""
     for file in ("data.pt", "text_codes.pt"):
         os.symlink(smoke[0] / file, tmp_path / file)
-    for name, options in (("content", ("--content", "text")), ("bce", ("--loss", "bce", "--post-norm"))):
+    rows = {"content": ("--content", "text"), "bce": ("--loss", "bce"), "post": ("--post-norm",)}
+    for name, options in rows.items():
         process = run_script(2, "--run", tmp_path, "--smoke", "--name", name, *options)
         assert process.returncode == 0, process.stderr
     assert {path.name for path in tmp_path.iterdir()} == {
-        "data.pt", "text_codes.pt", *(f"{name}{end}" for name in ("content", "bce") for end in (".pt", "_codes.pt")),
-        "predictions-content-s0.pt", "predictions-bce-s0.pt"}
+        "data.pt", "text_codes.pt", *(f"{name}{end}" for name in rows for end in (".pt", "_codes.pt")),
+        *(f"predictions-{name}-s0.pt" for name in rows)}
 
 
 def test_content_moves_an_item_that_was_never_bought(scripts):
