@@ -455,7 +455,7 @@ def bench_sasrec_scale():
     lengths = 5 + torch.poisson(torch.full((U,), 4.3), generator=rng).long()  # (U,)
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])  # (U+1,)
     events = (N * torch.rand(int(offsets[-1]), generator=rng) ** 3).int().clamp(0, N - 1) + 1
-    torch.save({"item_ids": [""] * (N + 1), "user_ids": [""] * U, "events": events,
+    torch.save({"made_from": {}, "item_ids": [""] * (N + 1), "user_ids": [""] * U, "events": events,
                 "offsets": offsets, "train_counts": torch.bincount(events, minlength=N + 1)},
                run / "data.pt")
     for batch, steps, sampled_from in ((128, 30, 50_000), (4096, 20, 50_000), (128, 16, N)):
@@ -481,8 +481,9 @@ def ours(dino, images, batch, steps, *options):
     """The real loop of 03 on a folder of its own."""
     with tempfile.TemporaryDirectory() as run:
         N, known = len(images), torch.arange(len(images) + 1) > 0
-        torch.save({"images": torch.cat([images[:1], images])}, f"{run}/images.pt")
-        torch.save({"has_image": known, "titles": [""] * (N + 1), "train_counts": known.int()}, f"{run}/data.pt")
+        torch.save({"made_from": {}, "images": torch.cat([images[:1], images])}, f"{run}/images.pt")
+        torch.save({"made_from": {}, "has_image": known, "titles": [""] * (N + 1), "train_counts": known.int()},
+                   f"{run}/data.pt")
         return pace(lambda: dino.main(["--run", run, "--device", "cpu", "--batch", f"{batch}", "--epochs", "99",
                                        "--max-steps", f"{steps}", *options]), batch)
 

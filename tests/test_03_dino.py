@@ -23,8 +23,8 @@ def write_run(run, N=24, without=(3, 7), S=16, seed=0):
     has_image[[0, *without]] = False
     images[~has_image] = 0
     run.mkdir(exist_ok=True)
-    torch.save({"images": images}, run / "images.pt")
-    torch.save({"has_image": has_image, "titles": [""] + [f"item {i}" for i in range(1, N + 1)],
+    torch.save({"made_from": {}, "images": images}, run / "images.pt")
+    torch.save({"made_from": {}, "has_image": has_image, "titles": [""] + [f"item {i}" for i in range(1, N + 1)],
                 "train_counts": torch.arange(N + 1, dtype=torch.int32)}, run / "data.pt")
     return run
 

@@ -22,7 +22,8 @@ def write_run(run, titles=None, counts=None):
     titles = [f"{c} {t}" for c in COLOURS for t in THINGS] if titles is None else titles
     N = len(titles)
     run.mkdir(exist_ok=True)
-    torch.save({"titles": [""] + titles, "texts": [""] + [f"{t} by hand" if t[:1].isalpha() else "" for t in titles],
+    torch.save({"made_from": {}, "titles": [""] + titles,
+                "texts": [""] + [f"{t} by hand" if t[:1].isalpha() else "" for t in titles],
                 "categories": [[]] + [t.split()[-1:] for t in titles],
                 "item_ids": [""] + [f"id{i}" for i in range(1, N + 1)],
                 "train_counts": torch.arange(N + 1, dtype=torch.int32) if counts is None else counts},

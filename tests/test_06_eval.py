@@ -19,7 +19,7 @@ def write_run(run, targets):
     U = len(targets)
     run.mkdir(exist_ok=True)
     events = torch.stack([torch.full((U,), 39), torch.full((U,), 40), torch.as_tensor(targets)], 1)
-    torch.save({"events": events.flatten().int(), "offsets": 3 * torch.arange(U + 1),
+    torch.save({"made_from": {}, "events": events.flatten().int(), "offsets": 3 * torch.arange(U + 1),
                 "item_ids": [""] + [f"id{i}" for i in range(1, N + 1)], "user_ids": [f"u{u}" for u in range(U)],
                 "train_counts": torch.arange(N + 1, dtype=torch.int32), "categories": [[]] * (N + 1),
                 "titles": [""] * (N + 1), "has_image": torch.zeros(N + 1, dtype=torch.bool)}, run / "data.pt")

@@ -93,8 +93,9 @@ def test_damaged_and_hostile_files_end_in_one_sentence(smoke, tmp_path):
     whole = (smoke[0] / "data.pt").read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
+    torch.save({"item_ids": ["", "x"]}, tmp_path / "foreign.pt")
     for name, content in (("short", whole[:len(whole) // 2]), ("flipped", bytes(flipped)), ("empty", b""),
-                          ("bomb", pickle.dumps(Bomb()))):
+                          ("bomb", pickle.dumps(Bomb())), ("foreign", (tmp_path / "foreign.pt").read_bytes())):
         run = inputs(smoke, tmp_path / name)
         (run / "data.pt").unlink()
         (run / "data.pt").write_bytes(content)
