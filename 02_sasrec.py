@@ -95,7 +95,7 @@ def join():
     atexit.register(dist.destroy_process_group)
     atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if dist.get_rank():  # only one prints and writes
         sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
     return dist.get_rank(), dist.get_world_size()
@@ -164,7 +164,7 @@ class SASRec(nn.Module):
     def __init__(self, N, T, E, H, layers, dropout, content=None, post=False):
         super().__init__()
         self.items, self.positions = nn.Embedding(N + 1, E), nn.Embedding(T, E)
-        self.register_buffer("content", content, persistent=False)
+        self.content = content  # no buffer: all processes have it, nobody need send it
         self.project = None if content is None else nn.Linear(content.shape[1], E, bias=False)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(E, H, dropout, post) for _ in range(layers))
@@ -215,9 +215,9 @@ def recommend(model, data, split, users, T, top, device):
     """Ranks all N items for some users: items int32 (n, top), best first, and scores (n, top).
     What a user had before is not taken out, as with other generators of codes: see the README."""
     model.eval()
+    torch.manual_seed(0)  # the same batches, also where a stopped run goes on here
     start, length = (part[users] for part in windows(split, data["offsets"], T))  # (n,) both
-    items = torch.zeros(len(users), top, dtype=torch.int32)  # (n, top)
-    scores = torch.zeros(len(users), top)  # (n, top)
+    items, scores = torch.zeros(len(users), top).int(), torch.zeros(len(users), top)  # (n, top)
     vectors = model.vectors()[1:].T  # (E, N)
     for batch in equal_length_batches(length, 8192):
         history = data["events"][start[batch, None] + torch.arange(length[batch[0]])]  # (B, T)
@@ -229,7 +229,7 @@ def recommend(model, data, split, users, T, top, device):
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
 def codebook_size(N):
-    """K, our rule: the power of two nearest to sqrt(N), from 8 to 256, the paper's."""
+    """K, our rule: the power of two nearest (in ratio) to sqrt(N), from 8 to 256, the paper's."""
     return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
 
 def nearest(x, codebook):
@@ -283,7 +283,8 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
     An item without this modality gets a random place in the tree: it may still be a target.
     Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
-    it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
+    it, those with the largest residual walk down the tree anew, at each level into the nearest
+    branch with room (empty-leaf redistribution).
     embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
@@ -318,7 +319,7 @@ def main(argv=None):
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
     add("--device", default="auto", choices=sorted({"auto", "cpu", device}), help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
-    add("--name", default="sasrec", help="of its row and files; another writes NAME_codes.pt too")
+    add("--name", default="sasrec", help="of its row and files (its codes: collab for sasrec)")
     add("--content", default="", help="codes' files whose embeddings items have too, as text,image")
     add("--loss", choices=("softmax", "bce"), default="softmax", help="over all items, or original")
     add("--post-norm", action="store_true", help="norms as in the first transformer, a last layer")
@@ -352,7 +353,7 @@ def main(argv=None):
     counts = data["train_counts"]  # (N+1,)
     content = [load(run / f"{m}_codes.pt", f"the script of {m}_codes.pt")["embeddings"]
                for m in args.content.split(",") if m]  # (N+1, d) each
-    content = torch.cat(content, 1) if content else None  # (N+1, d)
+    content = torch.cat(content, 1).to(device) if content else None  # (N+1, d)
     model = SASRec(N, T, args.width, args.heads, args.layers, args.dropout, content, args.post_norm)
     model.to(device)
     replica = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
@@ -389,7 +390,7 @@ def main(argv=None):
             if not math.isfinite(total):
                 fail(f"step {step}: the loss is no number, lower --lr; {checkpoint} is good")
             # Every target weighs the same, also in a batch that its length left small.
-            (loss * args.world / max(n, args.batch * args.world)).backward()
+            (loss / args.batch).backward()
             optimizer.param_groups[0]["lr"] = args.lr * min(1, step / WARM_UP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

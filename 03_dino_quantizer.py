@@ -12,7 +12,7 @@ reads   data.pt, images.pt
 writes  dino.pt
           teacher           dict                    backbone.* (public names: for --init), head.*
           losses            float32 (epochs)        L_DINO, nats
-          teacher_entropy   float32 (epochs)        nats; near 0 or log O: collapse
+          teacher_entropy   float32 (epochs)        nats; near log O: collapse
           seconds           float                   of training
           options           dict                    the options of this run
         image_codes.pt
@@ -94,7 +94,7 @@ def join():
     atexit.register(dist.destroy_process_group)
     atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if dist.get_rank():  # only one prints and writes
         sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
     return dist.get_rank(), dist.get_world_size()
@@ -103,7 +103,7 @@ def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
 def codebook_size(N):
-    """K, our rule: the power of two nearest to sqrt(N), from 8 to 256, the paper's."""
+    """K, our rule: the power of two nearest (in ratio) to sqrt(N), from 8 to 256, the paper's."""
     return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
 
 def nearest(x, codebook):
@@ -157,7 +157,8 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
     An item without this modality gets a random place in the tree: it may still be a target.
     Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
-    it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
+    it, those with the largest residual walk down the tree anew, at each level into the nearest
+    branch with room (empty-leaf redistribution).
     embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
@@ -296,7 +297,7 @@ def load_backbone(path, size):  # the ViT in a file of the public release or in 
         vit.load_state_dict(state | {"pos_embed": resample(state["pos_embed"], size // patch)})
         return vit
     except Exception as error:
-        fail(f"--init {path}: no ViT in it ({type(error).__name__}), give a backbone or a dino.pt.")
+        fail(f"--init {path}: no ViT for {size} px in it ({type(error).__name__}): see README.")
 
 @torch.no_grad()
 def embed(vit, images, items, size):  # [CLS] of whole pictures, as they are; (n, E)
@@ -343,14 +344,14 @@ def main(argv=None):
     data = load(run / "data.pt", "01_data.py")
     known = data["has_image"]  # (N+1,)
     items, K = known.nonzero()[:, 0], codebook_size(len(known) - 1)  # (n,)
-    size, width = args.crop_size or images.shape[-1], args.width
-    patch = max(1, size // 8)  # so 64 patches, at the same cost for any picture size
+    size = args.crop_size or images.shape[-1]
+    vit = load_backbone(args.init, size) if args.init else None
+    width, _, _, patch = vit.patch_embed["proj"].weight.shape if vit else \
+        (args.width, 3, 0, max(1, size // 8))  # 64 patches: the same cost for any picture size
     if min(size, width, args.epochs, args.batch, args.depth, args.out_dim, args.local_crops + 1,
            args.max_steps + 1) < 1 or size % patch or width % max(3, width // 64):
         fail(f"Sizes start at 1; patches of {patch} must tile crops of {size}, heads {width}.")
-    vit = load_backbone(args.init, size) if args.init else \
-        VisionTransformer(size, patch, width, args.depth)
-    width, _, _, patch = vit.patch_embed["proj"].weight.shape
+    vit = vit or VisionTransformer(size, patch, width, args.depth)
     bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
     student = Model({"backbone": vit, "head": Head(width, args.out_dim)}).to(device)
     teacher, quantiser = copy.deepcopy(student).requires_grad_(False), None

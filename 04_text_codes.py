@@ -167,7 +167,7 @@ def whiten(x):
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
 def codebook_size(N):
-    """K, our rule: the power of two nearest to sqrt(N), from 8 to 256, the paper's."""
+    """K, our rule: the power of two nearest (in ratio) to sqrt(N), from 8 to 256, the paper's."""
     return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
 
 def nearest(x, codebook):
@@ -221,7 +221,8 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
     An item without this modality gets a random place in the tree: it may still be a target.
     Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
-    it, those with the largest residual move to the nearest with room (empty-leaf redistribution).
+    it, those with the largest residual walk down the tree anew, at each level into the nearest
+    branch with room (empty-leaf redistribution).
     embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)

@@ -3,7 +3,7 @@
 An item of the history is M = D * L tokens: its image, text and collaborative codes. The encoder
 reads them, the decoder writes the L codes of one modality of the next item. The training softmax
 runs only over codes that continue a real item (constrained sequence learning; MSCGRec, arXiv
-2602.03713); beam search walks the same tree. Left out: T5's tied output, dropout on attention.
+2602.03713); beam search walks the same tree. Left out: T5's tied output, half of its dropout.
 
     python 05_generator.py                                               # MSCGRec
     python 05_generator.py --name tiger --modalities text --target text  # TIGER-like: text alone
@@ -89,7 +89,7 @@ def join():
     atexit.register(dist.destroy_process_group)
     atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if dist.get_rank():  # only one prints and writes
         sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
     return dist.get_rank(), dist.get_world_size()
@@ -339,6 +339,7 @@ def main(argv=None):
     run, history = pathlib.Path(args.run), []
     if args.history is not None:  # the model as it was trained
         saved = load(run / f"generator-{args.name}.pt", "this script without --history")["options"]
+        images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
         vars(args).update(saved | {"run": args.run, "history": args.history, "device": args.device})
     modalities = args.modalities.split(",")
     if not (args.target in modalities and args.lr > 0 and 0 <= args.masking <= 1 > args.dropout >= 0
@@ -373,7 +374,6 @@ def main(argv=None):
         history = torch.tensor([history[-args.length:]], device=device)  # (1, T)
         pairs = zip(*(x[0].tolist() for x in beam_search(model.eval(), trie, history, args.beam)))
         new = {i: f"{math.exp(s):6.1%}  {names[i]}" for i, s in pairs if i not in [0, *history[0]]}
-        images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
         pen = ImageDraw.Draw(page := Image.new("RGB", (1005, 260), "white"))
         for n, i in [*enumerate(history[0, -10:].tolist()), *enumerate([*new][:10], 10)]:
             x, y = 5 + n % 10 * 100, 5 + n // 10 * 130  # above the history, below what follows
@@ -412,7 +412,7 @@ def main(argv=None):
             if not by_level.isfinite().all():
                 fail(f"step {i}: the loss is no number, lower --lr; {checkpoint} is good")
             # Every target weighs the same, also in a batch that its length left small.
-            (by_level.sum() / max(args.batch, len(batch) * T / args.world)).backward()
+            (by_level.sum() / args.batch).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -101,14 +101,26 @@ def test_histories_end_before_their_event(scripts):
     assert (start.tolist(), length.tolist()) == ([0, 9], [4, 4])
 
 
+def test_a_run_that_goes_on_at_its_recommendations_makes_the_same_batches(scripts, smoke, monkeypatch):
+    """They must not depend on what training drew before: batches of other users round other bits."""
+    s, data, made = scripts[2], torch.load(smoke[0] / "data.pt", weights_only=True), []
+    batches = s.equal_length_batches
+    monkeypatch.setattr(s, "equal_length_batches", lambda *given: made.append(batches(*given)) or made[-1])
+    model = s.SASRec(len(data["item_ids"]) - 1, 20, 16, 2, 1, 0.5)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        s.recommend(model, data, "test", torch.arange(len(data["user_ids"])), 20, 5, torch.device("cpu"))
+    assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
+
+
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_path):
     losses, ndcg = [], []
     for name, batch, processes in (("one", 64, 1), ("two", 32, 2)):
         run = tmp_path / name
         run.mkdir()
         os.symlink(smoke[0] / "data.pt", run / "data.pt")
-        process = run_script(2, "--run", run, "--smoke", "--dropout", 0, "--epochs", 3, "--batch", batch,
-                             processes=processes)
+        process = run_script(2, "--run", run, "--smoke", "--device", "cpu", "--dropout", 0, "--epochs", 3,
+                             "--batch", batch, processes=processes)
         assert process.returncode == 0, process.stderr
         saved = torch.load(run / "sasrec.pt", weights_only=True)
         losses.append(saved["losses"])
@@ -122,8 +134,8 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_pat
 
 def test_the_death_of_a_process_ends_the_run(smoke, tmp_path):
     os.symlink(smoke[0] / "data.pt", tmp_path / "data.pt")
-    process = subprocess.Popen(command(2, "--run", tmp_path, "--smoke", "--epochs", 100_000, "--patience", 100_000,
-                                       processes=2),
+    process = subprocess.Popen(command(2, "--run", tmp_path, "--smoke", "--device", "cpu", "--epochs", 100_000,
+                                       "--patience", 100_000, processes=2),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
     while "epoch   1" not in process.stdout.readline():

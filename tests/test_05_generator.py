@@ -186,7 +186,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_pat
     """torchrun: the same losses to 1e-4, one file each, and what is printed is printed once."""
     for file in ("data.pt", "image_codes.pt", "text_codes.pt", "collab_codes.pt"):
         os.symlink(smoke[0] / file, tmp_path / file)
-    options = ("--run", tmp_path, "--smoke", "--dropout", 0, "--masking", 0, "--epochs", 2)
+    options = ("--run", tmp_path, "--smoke", "--device", "cpu", "--dropout", 0, "--masking", 0, "--epochs", 2)
     process = run_script(5, *options, "--batch", 64, "--name", "one")
     assert process.returncode == 0, process.stderr
     process = run_script(5, *options, "--batch", 32, "--name", "two", processes=2)
