@@ -374,9 +374,9 @@ def main(argv=None):
         history = torch.tensor([history[-args.length:]], device=device)  # (1, T)
         pairs = zip(*(x[0].tolist() for x in beam_search(model.eval(), trie, history, args.beam)))
         new = {i: f"{math.exp(s):6.1%}  {names[i]}" for i, s in pairs if i not in [0, *history[0]]}
-        pen = ImageDraw.Draw(page := Image.new("RGB", (1005, 280), "white"))
+        pen = ImageDraw.Draw(page := Image.new("RGB", (1005, 290), "white"))
         for n, i in [*enumerate(history[0, -10:].tolist()), *enumerate([*new][:10], 10)]:
-            x, y = 5 + n % 10 * 100, 5 + n // 10 * 140  # above the history, below what follows
+            x, y = 5 + n % 10 * 100, 5 + n // 10 * 145  # above the history, below what follows
             page.paste(Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((95, 95)), (x, y))
             pen.text((x, y + 97), textwrap.fill(names[i], 16, max_lines=3, placeholder=".."), 0)
         page.save(run / "history.png")
