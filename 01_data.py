@@ -30,7 +30,7 @@ import mmap, multiprocessing.pool, os, re, socket, sys, tempfile, textwrap, time
 from pathlib import Path
 import numpy as np
 import requests, torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 MIN_EVENTS = 3                      # a user needs one event each to train, validate and test
@@ -43,7 +43,7 @@ BROKEN = requests.packages.urllib3.exceptions.HTTPError     # a transfer that ma
 TRIES, PAUSE, PATIENCE, TIMEOUT = 6, 0.25, 60, (10, 60)  # seconds: the last to connect, to go on
 LONGEST = {".gz": 100 << 30, ".jpg": 50 << 20, "line": 1 << 24}     # bytes; no host is trusted
 RANGES = {"k_core": range(1, 10 ** 6), "image_size": range(1025)}
-TIMES = range(4_102_444_800_000)    # from 1970 to 2100 in milliseconds; seconds and ranks are too
+LAST_TIME = 4_102_444_800_000       # the year 2100 in milliseconds; seconds and ranks are less
 MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
 def fail(message):
     """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
@@ -145,21 +145,22 @@ def rows(path, counts):
     with open(path, "rb") as raw, tqdm.wrapattr(raw, "read", total=path.stat().st_size,
                                                 desc=path.name, disable=None, leave=False) as file:
         lines = io.TextIOWrapper(gzip.open(file) if path.suffix == ".gz" else file, "utf-8-sig",
-                                 "replace", newline="")
+                                 "surrogateescape", newline="")
         lines = iter(functools.partial(lines.readline, LONGEST["line"]), "")
-        table = csv.DictReader(lines) if ".csv" in path.name else None
-        decode = json.JSONDecoder().raw_decode  # json.loads looks at its options at every line
-        while True:
+        csv.field_size_limit(LONGEST["line"])
+        table = csv.DictReader(lines, strict=True) if ".csv" in path.name else None
+        decode, bad = json.JSONDecoder().raw_decode, f"{path.name}: malformed line"
+        while (begin := table.reader.line_num if table else 0) >= 0:
             try:
                 row, end = (next(table), 0) if table else decode(line := next(lines).lstrip())
-                assert isinstance(row, dict) and (table or not line[end:].strip())
+                assert isinstance(row, dict) and not (None in row if table else line[end:].strip())
                 yield row
             except StopIteration:
                 return
             except (OSError, EOFError, zlib.error) as error:
                 fail(f"{path} breaks off ({error}): delete it and get it again.")
             except (AssertionError, ValueError, RecursionError, csv.Error):
-                counts[f"{path.name}: malformed line"] += 1
+                counts[bad] += table.reader.line_num - begin if table else 1  # a lost quote: many
 
 item_of = lambda row: row.get("parent_asin", row.get("asin", row.get("item_id")))  # or PixelRec's
 
@@ -171,16 +172,15 @@ class Numbers(dict):
         return self.setdefault(name, len(self))
 
 def read_events(source, counts):
-    """Three integers an event: -> user, item int32 (events), time int64 (events), both ids."""
-    users, items = Numbers(), Numbers()
-    user, item, time = array.array("i"), array.array("i"), array.array("q")
+    """Three numbers an event: -> user, item int32 (events), time float64 (events), both ids."""
+    users, items, user, item, time = Numbers(), Numbers(), *map(array.array, "iid")
     for row in source:
         u = i = None
         try:
             u = users[row["user_id"]]
             i = items[item_of(row)]
-            time.append(TIMES.index(int(row["timestamp"])))
-            user.append(u), item.append(i)
+            assert 0 <= (t := float(row["timestamp"])) < LAST_TIME
+            user.append(u), item.append(i), time.append(t)
         except (AssertionError, KeyError, TypeError, ValueError, OverflowError):
             why = "no user" if u is None else "no item" if i is None else "bad time"
             counts[f"events: {why}"] += 1
@@ -336,7 +336,7 @@ def write_images(path, find, item_ids, pictures, S, counts):
         image.draft("RGB", (2 * S, 2 * S))              # a JPEG decodes at 1/2, 1/4, 1/8 for less
         if image.mode[0] == "I":                        # 16 bits, which Pillow would cut to 8
             image = image.point(lambda value: value * (1 / 256)).convert("L")
-        image = image.convert("RGBA").resize((S, S), Image.Resampling.LANCZOS)
+        image = ImageOps.exif_transpose(image).convert("RGBA").resize((S, S), Image.LANCZOS)
         image = Image.alpha_composite(Image.new("RGBA", (S, S), "white"), image)
         return np.array(image)[..., :3].transpose(2, 0, 1).tobytes()  # (3, S, S)
     def fetch(i):

@@ -340,9 +340,9 @@ def main(argv=None):
         parser.set_defaults(epochs=2, width=16, layers=1)
     args = parser.parse_args(argv)
     if (min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1 or
-            args.width % args.heads or not 0 <= args.dropout < 1 or args.lr <= 0 or
-            not 0 <= args.seed < 2 ** 32 or args.max_steps < 0):
-        fail("Sizes start at 1, --seed at 0, --lr above 0; --dropout < 1; --heads divide --width.")
+            args.width % args.heads or not 0 <= args.dropout < 1 or not 0 < args.lr < math.inf or
+            not 0 <= args.seed < 2 ** 32 or args.max_steps < 0 or "sasrec" not in args.name):
+        fail("Sizes start at 1; --lr > 0; --dropout < 1; --heads divide --width; sasrec in --name.")
     args.rank, args.world = join()
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     device = torch.device(device if args.device == "auto" else args.device)
@@ -388,7 +388,7 @@ def main(argv=None):
                     cross_entropy(hidden, vectors, target, log_q)
             total, targets, step = total + loss.item(), targets + n, step + 1
             if not math.isfinite(total):
-                fail(f"step {step}: the loss is no number, lower --lr; {checkpoint} is good")
+                fail(f"step {step}: the loss is no number, lower --lr; whole epochs: {checkpoint}")
             # Every target weighs the same, also in a batch that its length left small.
             (loss / args.batch).backward()
             optimizer.param_groups[0]["lr"] = args.lr * min(1, step / WARM_UP)

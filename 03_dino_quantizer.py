@@ -396,7 +396,7 @@ def main(argv=None):
                 quantiser.update(add_up(everyone).flatten(0, 1), rng)
             loss = dino_loss(p_t, logits.unflatten(0, (V, len(x)))) / B  # our part of L_DINO
             if not loss.isfinite():
-                fail(f"step {step}: the loss is no number; {checkpoint} is good")
+                fail(f"step {step}: the loss is no number; whole epochs: {checkpoint}")
             optimizer.zero_grad()
             # Gradients are averaged over processes, but the loss is a sum of parts: times world.
             (world * (loss + BETA * commitment / (V * B))).backward()

@@ -410,7 +410,7 @@ def main(argv=None):
             by_level = code_losses(logits.flatten(0, 1), codes[items], items, trie,
                                    not args.unconstrained)  # (L,)
             if not by_level.isfinite().all():
-                fail(f"step {i}: the loss is no number, lower --lr; {checkpoint} is good")
+                fail(f"step {i}: the loss is no number, lower --lr; whole epochs: {checkpoint}")
             # Every target weighs the same, also in a batch that its length left small.
             (by_level.sum() / args.batch).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

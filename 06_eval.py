@@ -324,8 +324,8 @@ def main(argv=None):
     add("--against", default="sasrec", help="the model that the others are compared with")
     add("--draws", type=int, default=1000, help="of the bootstrap")
     args = parser.parse_args(argv)
-    if args.draws < 1:
-        fail("--draws starts at 1.")
+    if args.draws < 1 or not 0 <= args.seed < 2 ** 32:
+        fail("--draws starts at 1, --seed at 0.")
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     data = load(run / "data.pt", "01_data.py")
     N, U = len(data["item_ids"]) - 1, len(data["user_ids"])
@@ -333,7 +333,7 @@ def main(argv=None):
     popular = data["train_counts"][1:].argsort(descending=True, stable=True)[:20] + 1  # (top,)
     popular = {"name": "popularity", "test": popular.int().expand(U, -1), "parameters": N,
                "bytes": 4 * N, "seconds": {"train": 0.0, "predict": 0.0}}
-    files = sorted(path for path in run.glob("predictions-*.pt") if "-popularity-" not in path.name)
+    files = sorted({*run.glob("predictions-*.pt")} - {run / "predictions-popularity-s0.pt"})
     models, rows = {}, {}  # models: name -> one entry a seed
     for path in [None, *files]:
         saved = load(path, "the script that made it", mmap=True) if path else popular

@@ -160,12 +160,14 @@ def test_other_rows_of_the_table_leave_the_collaborative_codes_alone(smoke, tmp_
     for file in ("data.pt", "text_codes.pt"):
         os.symlink(smoke[0] / file, tmp_path / file)
     rows = {"content": ("--content", "text"), "bce": ("--loss", "bce"), "post": ("--post-norm",)}
+    refused = run_script(2, "--run", tmp_path, "--smoke", "--name", "text")  # its codes would replace those of 04
+    assert refused.returncode == 2 and "sasrec in --name" in refused.stderr
     for name, options in rows.items():
-        process = run_script(2, "--run", tmp_path, "--smoke", "--name", name, *options)
+        process = run_script(2, "--run", tmp_path, "--smoke", "--name", f"sasrec-{name}", *options)
         assert process.returncode == 0, process.stderr
     assert {path.name for path in tmp_path.iterdir()} == {
-        "data.pt", "text_codes.pt", *(f"{name}{end}" for name in rows for end in (".pt", "_codes.pt")),
-        *(f"predictions-{name}-s0.pt" for name in rows)}
+        "data.pt", "text_codes.pt", *(f"sasrec-{name}.pt" for name in rows),
+        *(f"collab-{name}_codes.pt" for name in rows), *(f"predictions-sasrec-{name}-s0.pt" for name in rows)}
 
 
 def test_content_moves_an_item_that_was_never_bought(scripts):
