@@ -150,7 +150,7 @@ def rows(path, counts):
         csv.field_size_limit(LONGEST["line"])
         table = csv.DictReader(lines, strict=True) if ".csv" in path.name else None
         decode, bad = json.JSONDecoder().raw_decode, f"{path.name}: malformed line"
-        while (begin := table.reader.line_num if table else 0) >= 0:
+        while begin := max(1, table.reader.line_num if table else 0):  # lines read, or the header
             try:
                 row, end = (next(table), 0) if table else decode(line := next(lines).lstrip())
                 assert isinstance(row, dict) and not (None in row if table else line[end:].strip())

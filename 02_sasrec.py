@@ -51,7 +51,7 @@ def load(path, maker, mmap=False):
     try:
         assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
         artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-        for name, digest in artifact.get("made_from", None if "01" in maker else {}).items():
+        for name, digest in artifact.get("made_from", None if maker[:3] == "01_" else {}).items():
             if MADE_FROM.get(name, digest) != digest:
                 fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
         MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
@@ -342,7 +342,7 @@ def main(argv=None):
     if (min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1 or
             args.width % args.heads or not 0 <= args.dropout < 1 or not 0 < args.lr < math.inf or
             not 0 <= args.seed < 2 ** 32 or args.max_steps < 0 or "sasrec" not in args.name):
-        fail("Sizes start at 1; --lr > 0; --dropout < 1; --heads divide --width; sasrec in --name.")
+        fail("Sizes >= 1, --seed >= 0, --lr > 0, --dropout < 1, --name has sasrec; heads divide E.")
     args.rank, args.world = join()
     run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
     device = torch.device(device if args.device == "auto" else args.device)

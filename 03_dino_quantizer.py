@@ -50,7 +50,7 @@ def load(path, maker, mmap=False):
     try:
         assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
         artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-        for name, digest in artifact.get("made_from", None if "01" in maker else {}).items():
+        for name, digest in artifact.get("made_from", None if maker[:3] == "01_" else {}).items():
             if MADE_FROM.get(name, digest) != digest:
                 fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
         MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
@@ -297,7 +297,7 @@ def load_backbone(path, size):  # the ViT in a file of the public release or in 
         vit.load_state_dict(state | {"pos_embed": resample(state["pos_embed"], size // patch)})
         return vit
     except Exception as error:
-        fail(f"--init {path}: no ViT for {size} px in it ({type(error).__name__}): see README.")
+        fail(f"--init {path}: no backbone for {size} px ({type(error).__name__}): give another.")
 
 @torch.no_grad()
 def embed(vit, images, items, size):  # [CLS] of whole pictures, as they are; (n, E)
@@ -346,8 +346,8 @@ def main(argv=None):
     items, K = known.nonzero()[:, 0], codebook_size(len(known) - 1)  # (n,)
     size = args.crop_size or images.shape[-1]
     vit = load_backbone(args.init, size) if args.init else None
-    width, _, _, patch = vit.patch_embed["proj"].weight.shape if vit else \
-        (args.width, 3, 0, max(1, size // 8))  # 64 patches: the same cost for any picture size
+    width, patch = vit.patch_embed["proj"].weight.shape[::3] if vit else \
+        (args.width, max(1, size // 8))  # 64 patches: the same cost for any picture size
     if min(size, width, args.epochs, args.batch, args.depth, args.out_dim, args.local_crops + 1,
            args.max_steps + 1) < 1 or size % patch or width % max(3, width // 64):
         fail(f"Sizes start at 1; patches of {patch} must tile crops of {size}, heads {width}.")

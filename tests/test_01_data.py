@@ -297,14 +297,14 @@ def test_pixelrec_layout(tmp_path):
 def test_every_line_of_a_csv_is_read_or_counted(tmp_path):
     """A quote that is never closed swallows lines; a comma too many shifts a row. Times may have fractions."""
     lines = [f"{i},{u},{t}" for u, i, t in dense(12, 8, lambda u, i: 1_600_000_000 + (8 - i) / 20)]
-    lines[3], lines[20], lines[41] = f'"{lines[3]}', f'"{lines[20]}', f"{lines[41]},more"
+    lines[0], lines[20], lines[41] = f'"{lines[0]}', f'"{lines[20]}', f"{lines[41]},more"
     for name, header, rows in ("interactions", "item_id,user_id,timestamp", lines), ("items", "item_id,title", []):
         (tmp_path / "pixel" / name).mkdir(parents=True)
         (tmp_path / "pixel" / name / "all.csv").write_text("\n".join([header, *rows]) + "\n")
     run(tmp_path / "run", "--dataset", tmp_path / "pixel")
     data, _ = read(tmp_path / "run")
     counts = data["meta"]["counts"]
-    assert counts["all.csv: malformed line"] == 19 and counts["events: well-formed"] == len(lines) - 19
+    assert counts["all.csv: malformed line"] == 22 and counts["events: well-formed"] == len(lines) - 22
     assert all(items == sorted(items, reverse=True) for items in histories(data).values())
 
 

@@ -161,7 +161,7 @@ def test_other_rows_of_the_table_leave_the_collaborative_codes_alone(smoke, tmp_
         os.symlink(smoke[0] / file, tmp_path / file)
     rows = {"content": ("--content", "text"), "bce": ("--loss", "bce"), "post": ("--post-norm",)}
     refused = run_script(2, "--run", tmp_path, "--smoke", "--name", "text")  # its codes would replace those of 04
-    assert refused.returncode == 2 and "sasrec in --name" in refused.stderr
+    assert refused.returncode == 2 and "--name has sasrec" in refused.stderr
     for name, options in rows.items():
         process = run_script(2, "--run", tmp_path, "--smoke", "--name", f"sasrec-{name}", *options)
         assert process.returncode == 0, process.stderr
