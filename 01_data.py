@@ -346,11 +346,11 @@ def write_images(path, find, item_ids, pictures, S, counts):
         except Exception as error:          # Pillow has no one error for a broken picture
             return f"picture lost ({type(error).__name__})", blank
 
-    decoders, blank = multiprocessing.pool.ThreadPool(DECODERS), bytes(3 * S * S)
-    with tempfile.TemporaryFile(dir=path.parent) as file:   # a write tells of a full disk
-        states = [file.write(blank)]                        # padding
-        done = multiprocessing.pool.ThreadPool(FETCHERS).imap(fetch, range(1, len(pictures)), 16)
-        for state, pixels in tqdm(done, "pictures", len(item_ids), disable=None):
+    pool, blank = multiprocessing.pool.ThreadPool, bytes(3 * S * S)  # a write tells of a full disk
+    with (tempfile.TemporaryFile(dir=path.parent) as file, pool(DECODERS) as decoders,
+          pool(FETCHERS) as fetchers):
+        states, done = [file.write(blank)], fetchers.imap(fetch, range(1, len(pictures)), 16)
+        for state, pixels in tqdm(done, "pictures", len(item_ids), disable=None):  # after padding
             states.append(state), file.write(pixels)
         file.flush()
         images = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
