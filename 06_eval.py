@@ -2,11 +2,16 @@
 
 Knows one model, popularity; of others it reads predictions, so anybody's model joins by writing a
 file. It needs `name` and `test`; what else it lacks shows as a dash. Each user's last event is the
-one item to be found among all N (leave-one-out, full ranking, no sampled negatives). Recall@k =
-share of users whose item is among the first k; NDCG@k = mean of 1 / log2(rank + 1), 0 beyond k.
+one item to be found among all N (leave-one-out, full ranking, no sampled negatives). With rank_u
+its place in the list of user u, from 1:
+
+    Recall@k = mean over users of  1 if rank_u <= k else 0
+    NDCG@k   = mean over users of  1 / log2(rank_u + 1) if rank_u <= k else 0
 
     python 06_eval.py                    # after 02 to 05
 
+letters  U users, N items, L codes of an item, K values of a code, S side of a picture,
+         d width of a vector that is cut into codes
 reads   data.pt, *_codes.pt; for pictures images.pt, sasrec.pt, generator-*.pt
         predictions-NAME-sSEED.pt
           name          str                the model's row in the table
@@ -31,290 +36,223 @@ writes  results.md
 
 On the toy shop: 3 seconds, 0.3 GiB (2 cores of an AMD EPYC).
 """
-import argparse, hashlib, math, os, pathlib, sys, textwrap, unicodedata, zipfile
+import argparse
+import contextlib
+import hashlib
+import math
+import os
+import sys
+import textwrap
+import unicodedata
+import zipfile
 from collections import Counter
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 METRICS = [("Recall", 1), ("Recall", 5), ("Recall", 10), ("NDCG", 5), ("NDCG", 10)]
-COSTS = [("parameters", "parameters", 1, ",.0f"), ("bytes", "MB with codes, tree", 1e-6, ".1f"),
-         ("train", "training s", 1, ".0f"), ("predict", "s / 1,000 users", 1, ".2f"),
-         ("peak_memory", "peak GiB", 2**-30, ".1f")]  # key, column, factor, format
-SHOWN = [("coverage", "items shown", 1, ".0%"), ("gini", "Gini", 1, ".2f"),
-         ("top_tenth", "of the top tenth", 1, ".0%"), ("popularity", "their events", 1, ".0f")]
-WIDTH, COLUMNS, CANDIDATES = 900, 11, 2000  # of a PNG; items in a row; items that may be neighbours
-STYLES = [("#1f3b5c", 30, 0), ("#d55e00", 4, 0), ("#7db8e8", 3, 0), ("#009e73", 4, 45),  # ink and
-          ("#b35c9e", 3, 180), ("#e0a000", 5, 0), ("#5b3a1e", 6, 0), ("#808080", 4, 20)]  # mark
-GREY = torch.full((3, 1, 1), 208, dtype=torch.uint8)  # instead of a picture
+RECALL_10 = 2  # its place in METRICS
+NDCG_10 = 4
 
-# --- Files ---------------------------------------------------------------------------------------
-MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-def fail(message):
-    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
-    print(message, file=sys.stderr)
-    sys.exit(2)
+COSTS = [  # key, column of the table, factor, format
+    ("parameters", "parameters", 1, ",.0f"),
+    ("bytes", "MB with codes, tree", 1e-6, ".1f"),
+    ("train", "training s", 1, ".0f"),
+    ("predict", "s / 1,000 users", 1, ".2f"),
+    ("peak_memory", "peak GiB", 2**-30, ".1f"),
+]
+SHOWN = [
+    ("coverage", "items shown", 1, ".0%"),
+    ("gini", "Gini", 1, ".2f"),
+    ("top_tenth", "of the top tenth", 1, ".0%"),
+    ("popularity", "their events", 1, ".0f"),
+]
 
-def load(path, maker, mmap=False):
-    """Reads what `maker` wrote. Refuses a damaged or foreign file, and one of other inputs."""
-    try:
-        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
-        artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-        for name, digest in artifact.get("made_from", None if maker[:3] == "01_" else {}).items():
-            if MADE_FROM.get(name, digest) != digest:
-                fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
-        MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-        return artifact
-    except Exception as error:
-        fail(f"{path} is missing or damaged ({type(error).__name__}): run {maker} with this --run.")
-
-def save(artifact, path):
-    """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(artifact | {"made_from": MADE_FROM}, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
-        partial.unlink(missing_ok=True)
-        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
 # --- Metrics -------------------------------------------------------------------------------------
+# Two lists for two users, who bought item 7 and item 4 next:
+#
+#   target 7   top 7 2 9   rank 1          Recall@1 = (1 + 0) / 2
+#   target 4   top 5 4 8   rank 2          NDCG@5   = (1 / log2(2) + 1 / log2(3)) / 2 = .815
+
+
 def rank_of(target, top):
     """The place of each user's item in the list, from 1; infinite if it is not there.
-    target (U,), top (U, top) -> (U,)"""
-    hit = top == target.unsqueeze(1)  # (U, top)  [24]
-    return torch.where(hit.any(1), hit.float().argmax(1) + 1.0, torch.inf)  # (U,)
+
+    target: (U,), top: (U, top) -> (U,)
+    """
+    hit = top == target.unsqueeze(1)                                # (U, top)  [24]
+    place = hit.float().argmax(1) + 1.0                             # (U,)
+    return torch.where(hit.any(1), place, torch.inf)                # (U,)
+
 
 def gains(rank):
-    """What each user adds to each of METRICS. rank (U,) -> (U, metrics)"""
-    gain = {"Recall": torch.ones_like(rank), "NDCG": 1 / torch.log2(rank + 1)}  # (U,) each
-    return torch.stack([gain[name] * (rank <= k) for name, k in METRICS], 1).double()
+    """What each user adds to each of METRICS. rank: (U,) -> (U, metrics)"""
+    columns = []
+    for name, k in METRICS:
+        gain = torch.ones_like(rank)                                # (U,)
+        if name == "NDCG":
+            gain = 1 / torch.log2(rank + 1)                         # (U,)
+        columns.append(gain * (rank <= k))                          # (U,)
+    return torch.stack(columns, 1).double()                         # (U, metrics)
 
-def shown_items(top, rank, target, train_counts):
-    """What first tens favour: items shown at all, how unevenly, the share of the tenth that sells
-    best, Recall@10 by decile of the target's events. top: (U, top), train_counts: (N+1,) -> dict"""
-    items = top[:, :10][top[:, :10] > 0].long()  # (shown,)
-    times = torch.bincount(items, minlength=len(train_counts))[1:].double()  # (N,)
-    bought, place = train_counts[1:], torch.arange(1, len(times) + 1)  # (N,) both
-    gini = (place * times.sort().values).sum() * 2 / times.sum() / len(times) - 1 - 1 / len(times)
-    best = bought.argsort(descending=True, stable=True)[:max(1, len(bought) // 10)]  # (N / 10,)
-    rare_first = train_counts[target.long()].argsort(stable=True)  # (U,)
-    return {"coverage": (times > 0).double().mean().item(), "gini": gini.item(),
-            "top_tenth": (times[best].sum() / times.sum()).item(),
-            "popularity": train_counts[items].double().mean().item(),
-            "deciles": [(part <= 10).double().mean().item() if len(part) else math.nan
-                        for part in rank[rare_first].tensor_split(10)]}
 
-def use(codes, K):
-    """Share of the K codes in use and perplexity of each level; share of items alone and number
-    of items on the fullest prefix after levels 1, 2, 3. codes (n, L) -> dict of lists"""
-    shared = [codes[:, :l].unique(dim=0, return_counts=True)[1] for l in (1, 2, 3)]
-    return {"used": [len(level.unique()) / K for level in codes.T],
-            "perplexity": [math.exp(entropy(level.unsqueeze(1))) for level in codes.T],
-            "unique": [(n == 1).sum().item() / max(1, len(codes)) for n in shared],
-            "largest": [max(n.tolist(), default=0) for n in shared]}
+# --- Uncertainty ---------------------------------------------------------------------------------
+# How far might a difference of two models be off, had other users come and other seeds been drawn?
 
-def entropy(labels):
-    """Of a column of labels, or of the joint of several. (n, columns) -> nats"""
-    share = labels.unique(dim=0, return_counts=True)[1] / len(labels)  # (different,)
-    return torch.special.entr(share).sum().item()
-
-def meaning(codes, category):
-    """What prefixes of 1 to 3 codes say of categories: normalised mutual information 2 I / (H + H)
-    and purity, the share of items in their prefix's commonest category. More prefixes raise both by
-    chance: see shuffled codes. codes (n, L), category (n,) -> nmi, purity: a list of 3 each"""
-    nmi, purity, H_category = [], [], entropy(category.unsqueeze(1))
-    for l in (1, 2, 3):
-        both = torch.cat([codes[:, :l], category.unsqueeze(1)], 1)  # (n, l + 1)
-        H_prefix = entropy(codes[:, :l])
-        nmi.append(2 * (H_prefix + H_category - entropy(both)) / max(H_prefix + H_category, 1e-9))
-        pairs, count = both.unique(dim=0, return_counts=True)  # (pairs, l + 1), (pairs,)
-        prefix = pairs[:, :l].unique(dim=0, return_inverse=True)[1]  # (pairs,)
-        most = prefix.new_zeros(prefix.max() + 1).scatter_reduce_(0, prefix, count, "amax")  # (p,)
-        purity.append(most.sum().item() / len(codes))
-    return {"nmi": nmi, "purity": purity}
 
 def paired_bootstrap(ours, theirs, draws, rng, same_seeds=False):
-    """95 % interval of mean(ours) - mean(theirs); each draw resamples users and seeds. Paired: both
-    models answer the same users, and models of one seed share its codes, so that what makes either
-    easy cancels out (seeds are drawn apart where they differ). A user weighs Poisson(1) in a draw:
-    resampling with replacement [24]. ours, theirs (seeds, U, metrics) -> low, high (2, metrics)"""
+    """95 % interval of mean(ours) - mean(theirs); each draw resamples users and seeds.
+
+    Both models answer the same users, and models of one seed share its codes, so that what makes
+    either easy cancels out. Seeds are drawn apart where they differ (same_seeds is False).
+
+    ours, theirs: (seeds, U, metrics), rng: torch.Generator -> low, high (2, metrics)
+    """
+    U = ours.shape[1]
     differences = []
     for _ in range(draws):
-        weight = torch.poisson(torch.ones(ours.shape[1], dtype=torch.double), generator=rng)  # (U,)
-        means, seeds = [], None
-        for side in (ours, theirs):
-            if seeds is None or not same_seeds:
-                seeds = torch.randint(len(side), (len(side),), generator=rng)  # (seeds,)
-            means.append(torch.einsum("u,sum->sm", weight, side)[seeds].mean(0))  # (metrics,)
-        differences.append((means[0] - means[1]) / weight.sum().clamp(min=1))  # (metrics,)
-    tails = torch.tensor([0.025, 0.975], dtype=torch.double)  # (2,)
-    return torch.quantile(torch.stack(differences), tails, dim=0)  # (2, metrics)
+        # Resampling with replacement: in a draw each user counts about Poisson(1) times.  [24]
+        weight = torch.poisson(torch.ones(U, dtype=torch.double), generator=rng)  # (U,)
+        our_seeds = torch.randint(len(ours), (len(ours),), generator=rng)         # (seeds,)
+        their_seeds = our_seeds
+        if not same_seeds:
+            their_seeds = torch.randint(len(theirs), (len(theirs),), generator=rng)
 
-def markdown(header, rows):
-    """A table that is readable both on the screen and on a web page: columns of one width."""
-    cells = [header, *rows]
-    width = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(map(str.ljust, row, width)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+        our_sum = torch.einsum("u,sum->sm", weight, ours)           # (seeds, metrics)
+        their_sum = torch.einsum("u,sum->sm", weight, theirs)       # (seeds, metrics)
+        difference = our_sum[our_seeds].mean(0) - their_sum[their_seeds].mean(0)  # (metrics,)
+        differences.append(difference / weight.sum().clamp(min=1))  # (metrics,)
+    tails = torch.tensor([0.025, 0.975], dtype=torch.double)        # (2,)
+    return torch.quantile(torch.stack(differences), tails, dim=0)   # (2, metrics)
 
-# --- Pictures ------------------------------------------------------------------------------------
-def cut(text, width, size, most):
-    """A text in at most `most` lines of about `width` pixels, in letters that the font has."""
-    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().strip()
-    letters = width * len(text) / max(1, ImageFont.load_default(size).getlength(text))
-    return "\n".join(textwrap.wrap(text, max(3, int(letters)), max_lines=most, placeholder="…"))
 
-def ticks(low, high):
-    """At most seven round numbers from low to high."""
-    steps = (digit * 10.0 ** power for power in range(-9, 9) for digit in (1, 2, 5))
-    step = next(step for step in steps if step >= (high - low) / 6)
-    return [i * step for i in range(math.ceil(low / step - 0.01), int(high / step + 0.01) + 1)]
+def half_interval(gain):
+    """Half the 95 % interval of a mean over users and seeds. (seeds, U, metrics) -> (metrics,)"""
+    seeds, U, _ = gain.shape
+    variance = gain.mean(0).var(0, correction=0) / U                # (metrics,)
+    if seeds > 1:
+        variance = variance + gain.mean(1).var(0) / seeds           # (metrics,)
+    return 1.96 * variance.sqrt()                                   # (metrics,)
 
-def chart(path, columns, panels):
-    """Panels of lines or bars. A panel: its kind, its title with the unit of y, the unit of x,
-    labels of x = 0, 1, .. (None: x is a number), series: style, name, points (x, y, half the
-    interval of y). It is drawn twice as large and then halved: lines become smooth."""
-    if not panels[0][-1]:
-        return print(f"{path.name} is not drawn: the run lacks what it shows")
-    wide, high, keys = 2 * WIDTH // columns, 560, 6 // columns  # keys: of the legend, in a row
-    canvas = Image.new("RGB", (2 * WIDTH, high * math.ceil(len(panels) / columns)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(24)
-    for n, (kind, title, unit, labels, series) in enumerate(panels):
-        left, top = n % columns * wide + 120, n // columns * high + 20
-        right, bottom = left + wide - 160, top + 430
-        upper = top + 100 + (len(series) - 1) // keys * 34
-        points = [point for _, _, some in series for point in some]
-        low, most = min(y for _, y, _ in points), 1.05 * max(y + e for _, y, e in points) + 1e-3
-        low = low if kind == "lines" and low > most / 2 else 0  # else the axis begins at 0
-        first, last = (-0.5, len(labels) - 0.5) if labels else (0, max(x for x, _, _ in points))
-        place = lambda x, y: (left + (x - first) / (last - first) * (right - left),
-                              bottom - (y - low) / (most - low) * (bottom - upper))
-        for y in ticks(low, most):
-            draw.line((place(first, y), place(last, y)), "#d0d0d0", 2)
-            draw.text((left - 12, place(0, y)[1]), f"{y:.4g}", "black", font, "rm")
-        for x in range(len(labels)) if labels else ticks(first, last):
-            label = cut(labels[x], (right - left) / len(labels), 24, 2) if labels else f"{x:.4g}"
-            draw.text((place(x, 0)[0], bottom + 14), label, "black", font, "ma", align="center")
-        draw.line((left, upper, left, bottom, right, bottom), "black", 3)
-        draw.text(((left + right) / 2, bottom + 100), unit, "black", font, "md")
-        draw.text((left, top), title, "black", ImageFont.load_default(28))
-        for i, (style, name, some) in enumerate(series):
-            (ink, *mark), half = STYLES[style % len(STYLES)], 0.4 / len(series)
-            mark = mark if kind == "lines" else (4, 0)
-            x, y = left + i % keys * 275, top + 64 + i // keys * 34
-            draw.regular_polygon((x + 12, y, 12), *mark, ink)
-            room = 240 if len(series) > 1 else right - left  # a name alone has the row
-            draw.text((x + 32, y), cut(name, room, 24, 1), "black", font, "lm")
-            if kind == "lines":
-                draw.line([place(x, y) for x, y, _ in some], ink, 4)
-                for x, y, _ in some[::math.ceil(len(some) / 15)]:
-                    draw.regular_polygon((*place(x, y), 12), *mark, ink)
-                continue
-            for x, y, e in some:  # bars of one x stand side by side, each twice `half` wide
-                x += (2 * i + 1 - len(series)) * half
-                draw.rectangle((place(x - half, y), place(x + half, low)), ink, "black", 2)
-                draw.line((place(x, y - e), place(x, y + e)), "black", 5)
-                if wide * half > 26 * len(labels):  # there is room for its number
-                    draw.text(place(x, y + e), f"{y:.{3 * (most < 2)}f}", "black", font, "md")
-    canvas.reduce(2).save(path)
 
-def sheet(path, rows, data, images):
-    """Rows of items, a grey tile for one without picture. A row: label, items, items to frame;
-    without items the label is a heading. images: uint8 (N+1, 3, S, S)"""
-    if not rows:
-        return print(f"{path.name} is not drawn: the run lacks what it shows")
-    canvas = Image.new("RGB", (WIDTH, 100 * len(rows) + 8), "white")
-    draw, y, font = ImageDraw.Draw(canvas), 8, ImageFont.load_default(11)
-    for label, items, framed in rows:
-        draw.text((8, y), label, "black", ImageFont.load_default(12 if items else 15), spacing=5)
-        for x, item in zip(range(112, WIDTH, 72), items):
-            pixels = images[item] if data["has_image"][item] else GREY  # (3, S, S)
-            tile = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            canvas.paste(tile.resize((64, 64), Image.Resampling.LANCZOS), (x, y))
-            title = cut(data["titles"][item] or data["item_ids"][item], 67, 11, 2)
-            draw.text((x + 32, y + 68), title, "black", font, "ma", 2, "center")
-            if item in framed:
-                draw.rectangle((x - 4, y - 4, x + 67, y + 67), None, "#d55e00", 4)
-        y += 100 if items else 30
-    canvas.crop((0, 0, WIDTH, y)).save(path)
+# --- What the first tens favour ------------------------------------------------------------------
+# A model may be right for many and yet show everybody the same few items.
 
-def pictures(run, data, models, rows, curves, trees, labels, rng):
-    """Every PNG of the docstring above for which the run has the files. rows, curves: by model;
-    trees: the codes, by modality; labels: name -> (N+1,), what items may have in common"""
-    bought, events, offsets = data["train_counts"], data["events"], data["offsets"]  # (N+1,), ..
-    line = lambda x, y: [(a, float(b), 0) for a, b in zip(x, y) if math.isfinite(b)]
-    best = sorted(rows, key=lambda name: rows[name]["mean"][2], reverse=True)
-    bars = [(i, rows[name]["mean"][2], rows[name]["error"][2]) for i, name in enumerate(best)]
-    chart(run / "recall.png", 1, [("bars", "Recall@10", "model", best, [
-        (2, "mean over users and seeds; black: its 95 % interval", bars)])])
-    rare_first = bought[events[offsets[1:] - 1].long()].sort().values  # (U,)
-    groups = [f"{part[0]}-{part[-1]}" for part in rare_first.tensor_split(10) if len(part)]
-    chart(run / "rarity.png", 1, [(
-        "lines", "Recall@10 by how often the item to be found was bought in training",
-        "training events of that item: ten groups of users, as many in each", groups,
-        [(i, name, line(range(10), rows[name]["deciles"])) for i, name in enumerate(best)])])
-    loss, ndcg, levels = [], [], []
-    for name, saved in curves.items():
-        epochs, i = range(1, len(saved["ndcg"]) + 1), [*best, name].index(name)
-        minutes = [saved["seconds"] / 60 * epoch / len(epochs) for epoch in epochs]
-        by_level = saved["losses"].view(len(epochs), -1)  # (epochs, L), SASRec's (epochs, 1)
-        loss.append((i, name, line(minutes, by_level.sum(1))))
-        ndcg.append((i, name, line(minutes, saved["ndcg"])))
-        if name in ("mscgrec", "plain-softmax"):
-            levels.append(("lines", f"{name}: loss of each code, nats", "epoch", None, [
-                (l, f"level {l + 1}", line(epochs, one)) for l, one in enumerate(by_level.T)]))
-    title, unit = f"loss, nats (uniform: {math.log(len(bought) - 1):.2f})", "minutes of training"
-    chart(run / "curves.png", 2, [("lines", title, unit, None, loss),
-                                  ("lines", "validation NDCG@10", unit, None, ndcg), *levels])
-    chart(run / "codes.png", 2, [("bars", title, "level", ["1", "2", "3", "4: collisions"], [
-        (i, modality, line(range(4), [unit * x for x in tree["stats"][key]]))
-        for i, (modality, tree) in enumerate(trees.items())]) for title, key, unit in (
-            ("codes in use, % of K", "used", 100), ("perplexity of the codes", "perplexity", 1))])
 
-    images = load(run / "images.pt", "01_data.py", mmap=True)["images"] \
-        if (run / "images.pt").exists() else GREY.expand(len(bought), 3, 1, 1)  # (N+1, 3, S, S)
-    most_bought = lambda items: items[bought[items].argsort(descending=True, stable=True)]  # (n,)
-    for modality, tree in trees.items():
-        known, strips = most_bought(tree["known"].nonzero()[:, 0]), []  # (n,)
-        codes = tree["codes"][known].long()  # (n, L)
-        for a, _ in Counter(codes[:, 0].tolist()).most_common(4):
-            strips.append((f"{modality} codes that begin with {a}, two largest branches", [], []))
-            second = Counter(codes[codes[:, 0] == a, 1].tolist()).most_common(2)
-            for prefix in [a], *([a, b] for b, _ in second):
-                same = known[(codes[:, :len(prefix)] == torch.tensor(prefix)).all(1)]  # (same,)
-                most, name = max(((label[same] + 1).bincount(minlength=2)[1:].max().item(), name)
-                                 for name, label in labels.items())  # which label they share
-                strips.append((f"{', '.join(map(str, prefix))}, ..\n{len(same):,} items\n"
-                               f"{most / len(same):.0%} one\n{name}", same[:COLUMNS].tolist(), []))
-        sheet(run / f"tree-{modality}.png", strips, data, images)
+def shown_items(top, rank, target, train_counts):
+    """What the users' first tens favour.
 
-    strips = []
-    if images.shape[2] > 1 and "image" in trees:
-        known = trees["image"]["known"].nonzero()[:, 0]  # (n,)
-        known = most_bought(known[torch.randperm(len(known), generator=rng)[:CANDIDATES]])  # (n,)
-        views = {"RQ-DINO": trees["image"]["embeddings"][known],  # (n, d)
-                 "raw pixels": images[known].flatten(1).float()}  # (n, 3 * S * S)
-        for i, item in enumerate(known[:5].tolist()):
-            for name, x in views.items():
-                order = torch.cdist(x[i:i + 1], x)[0].argsort(stable=True)[:COLUMNS]  # (columns,)
-                strips.append((f"{name}:\nnearest to\nthe framed", known[order].tolist(), [item]))
-    sheet(run / "neighbours.png", strips, data, images)
+    top: (U, top), rank, target: (U,), train_counts: (N+1,)
+    -> coverage, gini, top_tenth, popularity: float; deciles: ten of them
+    """
+    first = top[:, :10]                                             # (U, 10)
+    items = first[first > 0].long()                                 # (shown,)
+    bought = train_counts[1:]                                       # (N,)
+    N = len(bought)
+    times = torch.bincount(items, minlength=N + 1)[1:].double()     # (N,) how often each is shown
 
-    strips = []
-    for user in sorted({(len(offsets) - 1) * i // 10 for i in (1, 3, 5, 7, 9)}):
-        history = events[offsets[user]:offsets[user + 1]][-COLUMNS:].tolist()
-        strips.append((f"user {user}; framed: the last item, to be found", [], []))
-        strips.append(("history", history, history[-1:]))
-        for name in filter(models.get, ("popularity", "sasrec", "tiger", "mscgrec")):
-            top = models[name][0]["top"][user, :10]  # (10,)
-            strips.append((name, top[top > 0].tolist(), history[-1:]))
-    sheet(run / "histories.png", strips, data, images)
+    # The best-selling tenth of the items, and the share of all that is shown which is theirs.
+    best_sellers = bought.argsort(descending=True, stable=True)     # (N,)
+    best = best_sellers[:max(1, N // 10)]                           # (N / 10,)
+    top_tenth = times[best].sum() / times.sum()                     # ()
 
-def main(argv=None):
+    # Recall@10 of ten groups of users: those who look for the rarest items come first.
+    rare_first = train_counts[target.long()].argsort(stable=True)   # (U,)
+    deciles = []
+    for part in rank[rare_first].tensor_split(10):                  # (U / 10,)
+        found = (part <= 10).double().mean().item()
+        deciles.append(found if len(part) else math.nan)
+
+    return {"coverage": (times > 0).double().mean().item(),
+            "gini": gini(times),
+            "top_tenth": top_tenth.item(),
+            "popularity": train_counts[items].double().mean().item(),
+            "deciles": deciles}
+
+
+def gini(x):
+    """How unevenly a sum is spread: 0 all have the same, near 1 one has it all. x: (n,) -> float
+
+    Half the mean difference of two members, in units of the mean (Gini, 1912):
+        gini = sum over i, j of |x_i - x_j| / (2 n^2 mean(x))
+    """
+    # Of n sorted numbers the i-th is the larger one in i - 1 pairs, the smaller one in n - i. So
+    #   gini = sum_i (2 i - n - 1) x_i / (n sum(x)) = 2 sum_i i x_i / (n sum(x)) - 1 - 1 / n
+    n = len(x)
+    i = torch.arange(1, n + 1)                                      # (n,)
+    weighted = (i * x.sort().values).sum()                          # ()
+    return (weighted * 2 / x.sum() / n - 1 - 1 / n).item()
+
+
+# --- What codes know -----------------------------------------------------------------------------
+# Each of n items has a label x, such as its first code, and a label y, such as its colour. p(x) is
+# the share of items with label x, count(x, y) how many have both. Then
+#
+#   entropy(x)     = - sum over x of p(x) log p(x)    0: all are alike; log K: K labels, each as often
+#   perplexity(x)  = exp(entropy(x))                  so many labels, each as often, are as uncertain
+#   information    = entropy(x) + entropy(y) - entropy(x, y)      what one label tells of the other
+#   NMI            = 2 information / (entropy(x) + entropy(y))    0 nothing, 1 all, both ways
+#   purity         = (1 / n) sum over x of max over y of count(x, y)
+#
+# NMI and purity: Manning, Raghavan and Schuetze, Introduction to Information Retrieval, 16.3.
+
+
+def entropy(labels):
+    """Of a column of labels, or of several columns together. (n, columns) -> nats"""
+    _, count = labels.unique(dim=0, return_counts=True)             # (different,)
+    share = count / len(labels)                                     # (different,)
+    return torch.special.entr(share).sum().item()
+
+
+def use(codes, K):
+    """How much of a codebook is in use, and how many items share a prefix.
+
+    codes: (n, L) -> used: share of the K codes, perplexity: a number a level; unique: share of
+    items alone, largest: items on the fullest prefix, after levels 1, 2, 3
+    """
+    stats = {"used": [], "perplexity": [], "unique": [], "largest": []}
+    for level in codes.T:                                           # (n,)
+        stats["used"].append(len(level.unique()) / K)
+        stats["perplexity"].append(math.exp(entropy(level.unsqueeze(1))))
+    for l in (1, 2, 3):
+        _, sharing = codes[:, :l].unique(dim=0, return_counts=True)  # (prefixes,)
+        alone = (sharing == 1).sum().item()
+        stats["unique"].append(alone / max(1, len(codes)))
+        stats["largest"].append(max(sharing.tolist(), default=0))
+    return stats
+
+
+def meaning(codes, category):
+    """What prefixes of 1 to 3 codes say of categories: NMI and purity.
+
+    More prefixes raise both by chance, so that they are to be seen beside those of shuffled codes.
+    codes: (n, L), category: (n,) -> nmi, purity: a list of 3 each
+    """
+    category = category.unsqueeze(1)                                # (n, 1)
+    told = {"nmi": [], "purity": []}
+    for l in (1, 2, 3):
+        both = torch.cat([codes[:, :l], category], 1)               # (n, l + 1)
+        apart = entropy(codes[:, :l]) + entropy(category)
+        information = apart - entropy(both)
+        told["nmi"].append(2 * information / max(apart, 1e-9))
+
+        # count(x, y), how often a prefix and a category meet; then the largest of each prefix.
+        pairs, count = both.unique(dim=0, return_counts=True)       # (pairs, l + 1), (pairs,)
+        prefixes, prefix = pairs[:, :l].unique(dim=0, return_inverse=True)  # .., (pairs,)
+        commonest = torch.zeros(len(prefixes), dtype=torch.long)    # (prefixes,)
+        commonest.scatter_reduce_(0, prefix, count, "amax")         # (prefixes,)
+        told["purity"].append(commonest.sum().item() / len(codes))
+    return told
+
+
+# --- The script ----------------------------------------------------------------------------------
+
+
+def options(argv):
+    """The command line. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
@@ -324,120 +262,841 @@ def main(argv=None):
     add("--against", default="sasrec", help="the model that the others are compared with")
     add("--draws", type=int, default=1000, help="of the bootstrap")
     args = parser.parse_args(argv)
-    if args.draws < 1 or not 0 <= args.seed < 2 ** 32:
-        fail("--draws starts at 1, --seed at 0.")
-    run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
-    data = load(run / "data.pt", "01_data.py")
-    N, U = len(data["item_ids"]) - 1, len(data["user_ids"])
-    target = data["events"][data["offsets"][1:] - 1]  # each user's last event; (U,)
-    popular = data["train_counts"][1:].argsort(descending=True, stable=True)[:20] + 1  # (top,)
-    popular = {"name": "popularity", "test": popular.int().expand(U, -1), "parameters": N,
-               "bytes": 4 * N, "seconds": {"train": 0.0, "predict": 0.0}}
-    files = sorted({*run.glob("predictions-*.pt")} - {run / "predictions-popularity-s0.pt"})
-    models, rows = {}, {}  # models: name -> one entry a seed
-    for path in [None, *files]:
-        saved = load(path, "the script that made it", mmap=True) if path else popular
-        if not isinstance(saved, dict) or not {"name", "test"} <= saved.keys():
-            fail(f"{path} lacks `name` or `test`: the docstring of 06_eval.py describes the file.")
-        top, seconds, seed = saved["test"], saved.get("seconds", {}), saved.get("seed", 0)
-        if not torch.is_tensor(top) or top.is_floating_point() or top.ndim != 2 or len(top) != U \
-                or not top.numel() or top.min() < 0 or top.max() > N:
-            fail(f"{path}: `test` must hold item ids 1 to {N} (0: none) for {U} users, as data.pt "
-                 "does; it was made from other data: make it again or delete it.")
-        ordered = top.sort(1).values  # (U, top)
-        twice = (ordered.diff() == 0) & (ordered[:, 1:] > 0)  # (U, top - 1)
-        if twice.any():
-            fail(f"{path} recommends an item twice to user {int(twice.any(1).nonzero()[0])}.")
+    if args.draws < 1:
+        fail(f"--draws {args.draws}: it starts at 1.")
+    if not 0 <= args.seed < 2 ** 32:
+        fail(f"--seed {args.seed}: from 0 to below 2^32.")
+    return args
+
+
+def main(argv=None):
+    args = options(argv)
+    run = Run(args.run)
+    rng = torch.Generator().manual_seed(args.seed)
+    data = run.load("data.pt", "01_data.py")
+
+    models = read_predictions(run, data)
+    rows = compare(models, args, rng)
+    # Curves before codes: those that a model was made from may be replaced by another seed's.
+    curves = read_curves(run)
+    trees = read_codes(run)
+    labels = labels_of_items(data)
+    codes = describe_codes(trees, labels, rng)
+    run.save({"rows": rows, "codes": codes, "options": vars(args)}, "results.pt")
+
+    text = report(data, rows, codes, trees, labels, args)
+    with run.writing("results.md") as file:
+        file.write(f"{text}\n".encode())
+    print(text)
+
+    draw_recall(run, rows)
+    draw_rarity(run, rows, data)
+    draw_curves(run, rows, curves, data)
+    draw_codes(run, codes)
+    images = read_images(run, data)
+    draw_trees(run, trees, labels, data, images)
+    draw_neighbours(run, trees, data, images, rng)
+    draw_histories(run, models, data, images)
+
+
+def read_predictions(run, data):
+    """Everybody's recommendations, checked and measured. -> dict: name -> entries, one a seed"""
+    popular = popularity(data)
+    models = {"popularity": [measure(popular, data)]}
+    paths = set(run.folder.glob("predictions-*.pt"))
+    paths.discard(run.folder / "predictions-popularity-s0.pt")  # of an old run: it is made here
+    for path in sorted(paths):
+        saved = run.load(path.name, "the script that made it", mmap=True)
+        check_predictions(saved, path, data)
+        entry = measure(saved, data)
         seeds = models.setdefault(str(saved["name"]), [])
-        if seed in [one["seed"] for one in seeds]:
-            fail(f"{path} is a second file of {saved['name']} with seed {seed}: delete one.")
-        rank = rank_of(target, top)  # (U,)
-        seeds.append({
-            "seed": seed, "top": top, "gain": gains(rank),  # (U, top), (U, metrics)
-            **shown_items(top, rank, target, data["train_counts"]),
-            "train": seconds.get("train", math.nan),
-            "predict": seconds.get("predict", math.nan) * 1000 / U,
-            **{key: saved.get(key, math.nan) for key in ("parameters", "bytes", "peak_memory")}})
+        if entry["seed"] in [other["seed"] for other in seeds]:
+            fail(f"{path} is a second file of {saved['name']} with seed {entry['seed']}: "
+                 "delete one.")
+        seeds.append(entry)
+    print(f"checked: {len(paths)} files, {len(data['user_ids']):,} users: "
+          "all ids are real items, none comes twice")
+    return models
+
+
+def popularity(data):
+    """The baseline that knows no user: everybody gets the best sellers of the training events."""
+    N = len(data["item_ids"]) - 1
+    U = len(data["user_ids"])
+    bought = data["train_counts"][1:]                               # (N,)
+    best_sellers = bought.argsort(descending=True, stable=True)     # (N,)
+    top = best_sellers[:20] + 1                                     # (top,)
+    return {"name": "popularity", "test": top.int().expand(U, -1), "parameters": N,
+            "bytes": 4 * N, "seconds": {"train": 0.0, "predict": 0.0}}
+
+
+def check_predictions(saved, path, data):
+    """Ends the script where a file of predictions is none, or was made from other data."""
+    N = len(data["item_ids"]) - 1
+    U = len(data["user_ids"])
+    if not {"name", "test"} <= saved.keys():
+        fail(f"{path} lacks `name` or `test`: the docstring of 06_eval.py describes the file.")
+
+    top = saved["test"]                                             # (U, top)
+    good = torch.is_tensor(top) and not top.is_floating_point() and top.ndim == 2
+    good = good and len(top) == U and top.numel() > 0
+    good = good and top.min() >= 0 and top.max() <= N
+    if not good:
+        fail(f"{path}: `test` must hold item ids 1 to {N} (0: none) for {U} users, as data.pt "
+             "does; it was made from other data: make it again or delete it.")
+
+    ordered = top.sort(1).values                                    # (U, top)
+    twice = (ordered.diff() == 0) & (ordered[:, 1:] > 0)            # (U, top - 1)
+    if twice.any():
+        user = twice.any(1).nonzero()[0].item()
+        fail(f"{path} recommends an item twice to user {user}.")
+
+
+def targets(data):
+    """The items to be found: each user's last event. -> (U,)"""
+    return data["events"][data["offsets"][1:] - 1]
+
+
+def measure(saved, data):
+    """What the table says of one file of predictions: of one model, trained with one seed."""
+    target = targets(data)                                          # (U,)
+    top = saved["test"]                                             # (U, top)
+    rank = rank_of(target, top)                                     # (U,)
+    entry = {"seed": saved.get("seed", 0), "top": top, "gain": gains(rank)}
+    entry |= shown_items(top, rank, target, data["train_counts"])
+
+    seconds = saved.get("seconds", {})
+    entry["train"] = seconds.get("train", math.nan)
+    entry["predict"] = seconds.get("predict", math.nan) * 1000 / len(target)
+    for key in ("parameters", "bytes", "peak_memory"):
+        entry[key] = saved.get(key, math.nan)
+    return entry
+
+
+def compare(models, args, rng):
+    """Means over seeds, and intervals. -> dict: name of a model -> dict, a row of the tables"""
     if args.against not in {"sasrec", *models}:
         fail(f"--against {args.against}: the run has predictions of {', '.join(models)}.")
-    print(f"checked: {len(files)} files, {U:,} users: all ids are real items, none comes twice")
-
-    gain = {m: torch.stack([one["gain"] for one in models[m]]) for m in models}
+    rows = {}
     for name, seeds in tqdm(models.items(), "bootstrap", leave=False, disable=None):
-        by_seed = gain[name].mean(1)  # (seeds, U, metrics) -> (seeds, metrics)
-        spread = gain[name].mean(0).var(0, correction=0) / U  # squared error, users; (metrics,)
-        spread += by_seed.var(0) / len(seeds) if len(seeds) > 1 else 0  # and seeds; (metrics,)
-        rows[name] = {"seeds": [one["seed"] for one in seeds], "mean": by_seed.mean(0).tolist(),
-                      "std": by_seed.std(0).tolist() if len(seeds) > 1 else None,
-                      "error": (1.96 * spread.sqrt()).tolist(),  # half a 95 % interval
-                      **{key: sum(one[key] for one in seeds) / len(seeds)
-                         for key, *_ in COSTS + SHOWN},
-                      "deciles": torch.tensor([one["deciles"] for one in seeds]).mean(0).tolist()}
-        if args.against in gain and name != args.against:
-            same = rows[name]["seeds"] == [one["seed"] for one in models[args.against]]
-            interval = paired_bootstrap(gain[name], gain[args.against], args.draws, rng, same)
-            rows[name]["interval"] = interval.tolist()  # (2, metrics)
+        rows[name] = mean_of_seeds(seeds)
+        if args.against in models and name != args.against:
+            others = models[args.against]
+            ours = torch.stack([one["gain"] for one in seeds])      # (seeds, U, metrics)
+            theirs = torch.stack([one["gain"] for one in others])   # (seeds, U, metrics)
+            same_seeds = rows[name]["seeds"] == [one["seed"] for one in others]
+            interval = paired_bootstrap(ours, theirs, args.draws, rng, same_seeds)
+            rows[name]["interval"] = interval.tolist()              # (2, metrics)
+    return rows
 
-    numbers = lambda values, unit=1: ", ".join(f"{unit * x:.0f}" for x in values)
-    quality, cost, shown, codes, trees, code_rows, meanings = [], [], [], {}, {}, [], []
-    for name, row in sorted(rows.items(), key=lambda pair: pair[1]["mean"][-1]):
-        spread = [f" ± {s:.4f}" for s in row["std"]] if row["std"] else [""] * len(METRICS)
-        low, high = row.get("interval", (None, None))
-        signed = [f"[{low[m]:+.4f}, {high[m]:+.4f}]" if low else "" for m in (2, 4)]
-        quality.append([name, str(len(row["seeds"])),
-                        *(f"{x:.4f}{s}" for x, s in zip(row["mean"], spread)), *signed])
-        cells = lambda columns: ["-" if math.isnan(row[key]) else format(row[key] * factor, form)
-                                 for key, _, factor, form in columns]
-        cost.append([name, *cells(COSTS)])
-        shown.append([name, *cells(SHOWN), numbers(row["deciles"], 100)])
-    # An item's category: the first of its own that fewer than half of the items have.
-    count = Counter(name for names in data["categories"] for name in set(names))
-    category = [next((c for c in names if 2 * count[c] < N), "") for names in data["categories"]]
-    labels = {"category": category, **data.get("meta", {}).get("truth", {})}  # name -> list (N+1)
-    for name, values in labels.items():
-        number = {"": -1} | {v: i for i, v in enumerate(dict.fromkeys(values)) if v != ""}
-        labels[name] = torch.tensor([number[value] for value in values])  # (N+1,); -1: none
-    # Curves before codes: those that a model was made from may be replaced by another seed's.
-    curves = {path.stem.removeprefix("generator-"): load(path, "02 or 05", mmap=True)
-              for path in [*run.glob("sasrec.pt"), *sorted(run.glob("generator-*.pt"))]}
-    for path in sorted(run.glob("*_codes.pt")):
-        modality, saved = path.name[:-9], load(path, "the script that made it", mmap=True)
-        stats = use(saved["codes"][saved["known"]], K := saved["codebooks"].shape[1])
-        codes[modality], trees[modality] = stats, saved | {"stats": stats}
-        code_rows.append([modality, f"{saved['known'][1:].float().mean():.0%}", str(K),
-                          numbers(stats["used"][:3], 100), numbers(stats["perplexity"]),
-                          numbers(stats["unique"], 100), numbers(stats["largest"]),
-                          str(saved.get("moved", "-"))])
+
+def mean_of_seeds(seeds):
+    """One row of the tables from a model's entries, one a seed. -> dict"""
+    gain = torch.stack([one["gain"] for one in seeds])              # (seeds, U, metrics)
+    by_seed = gain.mean(1)                                          # (seeds, metrics)
+    row = {"seeds": [one["seed"] for one in seeds],
+           "mean": by_seed.mean(0).tolist(),
+           "std": by_seed.std(0).tolist() if len(seeds) > 1 else None,
+           "error": half_interval(gain).tolist()}
+    for key, *_ in COSTS + SHOWN:
+        row[key] = sum(one[key] for one in seeds) / len(seeds)
+    deciles = torch.tensor([one["deciles"] for one in seeds])       # (seeds, 10)
+    row["deciles"] = deciles.mean(0).tolist()
+    return row
+
+
+def read_curves(run):
+    """What training wrote down, epoch by epoch. -> dict: name of a model -> its artifact"""
+    paths = list(run.folder.glob("sasrec.pt"))
+    paths += sorted(run.folder.glob("generator-*.pt"))
+    curves = {}
+    for path in paths:
+        name = path.stem.removeprefix("generator-")
+        curves[name] = run.load(path.name, "02 or 05", mmap=True)
+    return curves
+
+
+def read_codes(run):
+    """-> dict: modality -> the artifact with its codes"""
+    trees = {}
+    for path in sorted(run.folder.glob("*_codes.pt")):
+        modality = path.name.removesuffix("_codes.pt")
+        trees[modality] = run.load(path.name, "the script that made it", mmap=True)
+    return trees
+
+
+def labels_of_items(data):
+    """What items may have in common: their category and, in the toy shop, what they were made of.
+
+    -> dict: name -> int64 (N+1,), a number for each different label, -1: none
+    """
+    # A category: the first of an item's own that fewer than half of the items have.
+    N = len(data["item_ids"]) - 1
+    frequent = Counter()
+    for names in data["categories"]:
+        frequent.update(set(names))
+    categories = []
+    for names in data["categories"]:
+        rare = [name for name in names if 2 * frequent[name] < N]
+        categories.append(rare[0] if rare else "")
+
+    truth = data.get("meta", {}).get("truth", {})
+    labels = {}
+    for name, values in {"category": categories, **truth}.items():
+        number = {"": -1}
+        for value in values:
+            number.setdefault(value, len(number) - 1)
+        labels[name] = torch.tensor([number[value] for value in values])  # (N+1,)
+    return labels
+
+
+def describe_codes(trees, labels, rng):
+    """Of each modality: use of its codes, what they say of each label, and shuffled codes beside.
+
+    -> dict: modality -> dict
+    """
+    codes = {}
+    for modality, tree in trees.items():
+        K = tree["codebooks"].shape[1]
+        stats = use(tree["codes"][tree["known"]], K)
         for name, label in labels.items():
-            some = saved["known"] & (label >= 0)  # (N+1,)
+            some = tree["known"] & (label >= 0)                     # (N+1,)
             if some.any():
-                of_items = saved["codes"][some].long()  # (n, L)
-                mixed = of_items[torch.randperm(len(of_items), generator=rng)]  # (n, L)
-                told = [meaning(x, label[some]) for x in (of_items, mixed)]
-                stats |= {name: told[0], f"{name}, shuffled": told[1]}
-                meanings.append([modality, name, *(", ".join(f"{x:.2f}" for x in one[key])
-                                                   for key in ("nmi", "purity") for one in told)])
+                of_items = tree["codes"][some].long()               # (n, L)
+                order = torch.randperm(len(of_items), generator=rng)  # (n,)
+                stats[name] = meaning(of_items, label[some])
+                stats[f"{name}, shuffled"] = meaning(of_items[order], label[some])
+        codes[modality] = stats
+    return codes
 
-    text = "\n".join([
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def report(data, rows, codes, trees, labels, args):
+    """All tables and the sentences between them. -> str, as results.md has it"""
+    worst_first = sorted(rows, key=lambda name: rows[name]["mean"][NDCG_10])
+    rows = {name: rows[name] for name in worst_first}
+    U = len(data["user_ids"])
+    N = len(data["item_ids"]) - 1
+    return "\n".join([
         f"{U:,} users, {N:,} items, {len(data['events']):,} events; the item to find is each "
         "user's last, among all items.\n",
-        markdown(["model", "seeds", *(f"{name}@{k}" for name, k in METRICS),
-                  f"Recall@10 - {args.against}", f"NDCG@10 - {args.against}"], quality),
+        quality_table(rows, args.against),
         "\n± standard deviation over seeds; [..] 95 % interval of the difference, paired bootstrap"
         " over users and\nseeds: where it holds zero, these data do not tell the two apart.\n",
-        markdown(["model", *(column for _, column, _, _ in COSTS)], cost), "",
-        markdown(["model", *(column for _, column, _, _ in SHOWN),
-                  "% Recall@10 by decile of the target's events, rare first"], shown),
+        cost_table(rows),
+        "",
+        shown_table(rows),
         "\nOf all first tens: share of the catalogue; Gini, 0 all alike, 1 one item; share of the "
         "best-selling tenth;\nmean of the events in training of what is shown.\n",
-        markdown(["codes", "items known", "K", "% of K used, levels 1-3", "perplexity, 1-4",
-                  "% items alone after 1, 2, 3", "most items on one prefix", "moved"], code_rows),
-        "\n" + markdown(["codes", "and", "NMI of prefixes of 1, 2, 3 levels", "if shuffled",
-                         "purity", "if shuffled"], meanings)])
-    save({"rows": rows, "codes": codes, "options": vars(args)}, run / "results.pt")
-    (run / "results.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    pictures(run, data, models, rows, curves, trees, labels, rng)
+        codes_table(codes, trees),
+        "",
+        meaning_table(codes, labels)])
+
+
+def markdown(header, rows):
+    """A table that is readable both on the screen and on a web page: columns of one width."""
+    width = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = []
+    for row in [header, *rows]:
+        cells = [cell.ljust(w) for cell, w in zip(row, width)]
+        lines.append("| " + " | ".join(cells) + " |")
+    rule = "|" + "|".join("-" * (w + 2) for w in width) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def numbers(values, unit=1):
+    """(0.25, 0.5) in per cent, unit = 100: "25, 50"."""
+    return ", ".join(f"{unit * value:.0f}" for value in values)
+
+
+def figures(row, columns):
+    """The cells of a row for COSTS or SHOWN; a dash for what a file does not say."""
+    cells = []
+    for key, _, factor, form in columns:
+        value = row[key] * factor
+        cells.append("-" if math.isnan(value) else format(value, form))
+    return cells
+
+
+def quality_table(rows, against):
+    header = ["model", "seeds"]
+    header += [f"{name}@{k}" for name, k in METRICS]
+    header += [f"Recall@10 - {against}", f"NDCG@10 - {against}"]
+    table = []
+    for name, row in rows.items():
+        cells = [name, str(len(row["seeds"]))]
+        for m, mean in enumerate(row["mean"]):
+            spread = f" ± {row['std'][m]:.4f}" if row["std"] else ""
+            cells.append(f"{mean:.4f}{spread}")
+        for m in (RECALL_10, NDCG_10):
+            if "interval" in row:
+                low, high = row["interval"]
+                cells.append(f"[{low[m]:+.4f}, {high[m]:+.4f}]")
+            else:
+                cells.append("")
+        table.append(cells)
+    return markdown(header, table)
+
+
+def cost_table(rows):
+    header = ["model", *(column for _, column, _, _ in COSTS)]
+    return markdown(header, [[name, *figures(row, COSTS)] for name, row in rows.items()])
+
+
+def shown_table(rows):
+    header = ["model", *(column for _, column, _, _ in SHOWN)]
+    header.append("% Recall@10 by decile of the target's events, rare first")
+    table = []
+    for name, row in rows.items():
+        table.append([name, *figures(row, SHOWN), numbers(row["deciles"], 100)])
+    return markdown(header, table)
+
+
+def codes_table(codes, trees):
+    header = ["codes", "items known", "K", "% of K used, levels 1-3", "perplexity, 1-4",
+              "% items alone after 1, 2, 3", "most items on one prefix", "moved"]
+    table = []
+    for modality, stats in codes.items():
+        tree = trees[modality]
+        known = tree["known"][1:].float().mean()                    # ()
+        table.append([modality,
+                      f"{known:.0%}",
+                      str(tree["codebooks"].shape[1]),
+                      numbers(stats["used"][:3], 100),
+                      numbers(stats["perplexity"]),
+                      numbers(stats["unique"], 100),
+                      numbers(stats["largest"]),
+                      str(tree.get("moved", "-"))])
+    return markdown(header, table)
+
+
+def meaning_table(codes, labels):
+    header = ["codes", "and", "NMI of prefixes of 1, 2, 3 levels", "if shuffled",
+              "purity", "if shuffled"]
+    table = []
+    for modality, stats in codes.items():
+        for label in labels:
+            if label not in stats:  # no item of this modality has such a label
+                continue
+            cells = [modality, label]
+            for key in ("nmi", "purity"):
+                for told in (stats[label], stats[f"{label}, shuffled"]):
+                    cells.append(", ".join(f"{x:.2f}" for x in told[key]))
+            table.append(cells)
+    return markdown(header, table)
+
+
+# --- Charts --------------------------------------------------------------------------------------
+# From here on pictures are drawn, with nothing but lines, boxes and letters.
+
+WIDTH = 900       # of a PNG, in pixels
+HEIGHT = 280      # of a chart
+STYLES = [        # of a series: ink, corners of its mark, degrees that the mark is turned
+    ("#1f3b5c", 30, 0),
+    ("#d55e00", 4, 0),
+    ("#7db8e8", 3, 0),
+    ("#009e73", 4, 45),
+    ("#b35c9e", 3, 180),
+    ("#e0a000", 5, 0),
+    ("#5b3a1e", 6, 0),
+    ("#808080", 4, 20),
+]
+
+
+class Series:
+    """One line, or bars of one ink. style: a place in STYLES; points: (x, y, half the interval)"""
+
+    def __init__(self, style, name, points):
+        self.ink, self.corners, self.turn = STYLES[style % len(STYLES)]
+        self.name = name
+        self.points = points
+
+
+class Panel:
+    """A chart before it is drawn.
+
+    kind     "lines" or "bars"
+    title    what y is, with its unit
+    unit     what x is
+    labels   of x = 0, 1, ..; None: x is a number
+    """
+
+    def __init__(self, kind, title, unit, labels, series):
+        self.kind = kind
+        self.title = title
+        self.unit = unit
+        self.labels = labels
+        self.series = series
+
+
+class Axes:
+    """Where the numbers of a panel lie on the canvas.
+
+    left, top: of the panel, wide: with its margins, keys: names in a row of the legend
+    """
+
+    def __init__(self, panel, left, top, wide, keys):
+        self.left = left + 120
+        self.right = left + wide - 40
+        self.title = top + 20
+        self.legend = top + 84
+        self.keys = keys
+        self.wide = wide
+        legend_rows = (len(panel.series) - 1) // keys
+        self.top = top + 120 + 34 * legend_rows
+        self.bottom = top + 450
+
+        points = [point for series in panel.series for point in series.points]
+        self.low = min(y for _, y, _ in points)
+        self.high = 1.05 * max(y + half for _, y, half in points) + 1e-3
+        if panel.kind == "bars" or self.low <= self.high / 2:
+            self.low = 0
+        if panel.labels:
+            self.first = -0.5
+            self.last = len(panel.labels) - 0.5
+        else:
+            self.first = 0
+            self.last = max(x for x, _, _ in points)
+
+    def place(self, x, y):
+        """Numbers -> pixels."""
+        right = (x - self.first) / (self.last - self.first)
+        up = (y - self.low) / (self.high - self.low)
+        return (self.left + right * (self.right - self.left),
+                self.bottom - up * (self.bottom - self.top))
+
+
+def chart(run, name, columns, panels):
+    """Draws panels into one PNG, twice as large and then halved: lines become smooth."""
+    if not panels[0].series:
+        print(f"{name} is not drawn: the run lacks what it shows")
+        return
+    rows = math.ceil(len(panels) / columns)
+    canvas = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT * rows), "white")
+    draw = ImageDraw.Draw(canvas)
+    wide = 2 * WIDTH // columns
+    for n, panel in enumerate(panels):
+        left = n % columns * wide
+        top = n // columns * 2 * HEIGHT
+        axes = Axes(panel, left, top, wide, 6 // columns)
+        draw_axes(draw, panel, axes)
+        draw_legend(draw, panel, axes)
+        if panel.kind == "lines":
+            draw_lines(draw, panel, axes)
+        else:
+            draw_bars(draw, panel, axes)
+    with run.writing(name) as file:
+        canvas.reduce(2).save(file, "PNG")
+
+
+def draw_axes(draw, panel, axes):
+    """A grid line for each round number of y, marks of x, the title and the unit."""
+    font = ImageFont.load_default(24)
+    for y in ticks(axes.low, axes.high):
+        draw.line((axes.place(axes.first, y), axes.place(axes.last, y)), "#d0d0d0", 2)
+        _, height = axes.place(0, y)
+        draw.text((axes.left - 12, height), f"{y:.4g}", "black", font, "rm")
+
+    marks = {}  # x -> what stands below it
+    if panel.labels:
+        room = (axes.right - axes.left) / len(panel.labels)
+        for x, label in enumerate(panel.labels):
+            marks[x] = cut(label, room, 24, 2)
+    else:
+        for x in ticks(axes.first, axes.last):
+            marks[x] = f"{x:.4g}"
+    for x, mark in marks.items():
+        side, _ = axes.place(x, 0)
+        draw.text((side, axes.bottom + 14), mark, "black", font, "ma", align="center")
+
+    corner = (axes.left, axes.bottom)
+    draw.line(((axes.left, axes.top), corner, (axes.right, axes.bottom)), "black", 3)
+    middle = (axes.left + axes.right) / 2
+    draw.text((middle, axes.bottom + 100), panel.unit, "black", font, "md")
+    draw.text((axes.left, axes.title), panel.title, "black", ImageFont.load_default(28))
+
+
+def draw_legend(draw, panel, axes):
+    """The mark and the name of each series, above the panel."""
+    room = 240
+    if len(panel.series) == 1:
+        room = axes.right - axes.left  # a name alone has the row
+    for i, series in enumerate(panel.series):
+        x = axes.left + i % axes.keys * 275
+        y = axes.legend + i // axes.keys * 34
+        draw_mark(draw, panel, series, x + 12, y)
+        name = cut(series.name, room, 24, 1)
+        draw.text((x + 32, y), name, "black", ImageFont.load_default(24), "lm")
+
+
+def draw_mark(draw, panel, series, x, y):
+    """A polygon where lines cross it, a square in the legend of bars."""
+    corners = series.corners if panel.kind == "lines" else 4
+    turn = series.turn if panel.kind == "lines" else 0
+    draw.regular_polygon((x, y, 12), corners, turn, series.ink)
+
+
+def draw_lines(draw, panel, axes):
+    for series in panel.series:
+        places = [axes.place(x, y) for x, y, _ in series.points]
+        draw.line(places, series.ink, 4)
+        each = math.ceil(len(places) / 15)  # of many points only some have a mark
+        for x, y in places[::each]:
+            draw_mark(draw, panel, series, x, y)
+
+
+def draw_bars(draw, panel, axes):
+    """Bars of one x stand side by side; a black line from y - half to y + half is its interval."""
+    count = len(panel.series)
+    half_bar = 0.4 / count  # in units of x
+    has_room = axes.wide * half_bar > 26 * len(panel.labels)  # for numbers
+    for i, series in enumerate(panel.series):
+        for x, y, half in series.points:
+            x += (2 * i + 1 - count) * half_bar
+            box = (axes.place(x - half_bar, y), axes.place(x + half_bar, axes.low))
+            draw.rectangle(box, series.ink, "black", 2)
+            draw.line((axes.place(x, y - half), axes.place(x, y + half)), "black", 5)
+            if has_room:
+                number = f"{y:.3f}" if axes.high < 2 else f"{y:.0f}"
+                font = ImageFont.load_default(24)
+                draw.text(axes.place(x, y + half), number, "black", font, "md")
+
+
+def cut(text, width, size, most):
+    """A text in at most `most` lines of about `width` pixels, in letters that the font has."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().strip()
+    length = ImageFont.load_default(size).getlength(plain)
+    letters = width * len(plain) / max(1, length)
+    lines = textwrap.wrap(plain, max(3, int(letters)), max_lines=most, placeholder="…")
+    return "\n".join(lines)
+
+
+def ticks(low, high):
+    """At most seven round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
+    steps = []
+    for power in range(-9, 9):
+        steps += [digit * 10.0**power for digit in (1, 2, 5)]
+    step = next(step for step in steps if step >= (high - low) / 6)
+    first = math.ceil(low / step - 0.01)
+    last = int(high / step + 0.01)
+    return [i * step for i in range(first, last + 1)]
+
+
+def best_first(rows):
+    """The models' names, by Recall@10."""
+    return sorted(rows, key=lambda name: rows[name]["mean"][RECALL_10], reverse=True)
+
+
+def finite(xs, ys):
+    """Points of a series without intervals; those without a number are left out."""
+    return [(x, float(y), 0) for x, y in zip(xs, ys) if math.isfinite(y)]
+
+
+def draw_recall(run, rows):
+    """recall.png: how good is every model, how sure is that."""
+    names = best_first(rows)
+    points = []
+    for x, name in enumerate(names):
+        row = rows[name]
+        points.append((x, row["mean"][RECALL_10], row["error"][RECALL_10]))
+    series = Series(2, "mean over users and seeds; black: its 95 % interval", points)
+    chart(run, "recall.png", 1, [Panel("bars", "Recall@10", "model", names, [series])])
+
+
+def draw_rarity(run, rows, data):
+    """rarity.png: the same for ten groups of users, by how rare the item is that they look for."""
+    bought = data["train_counts"][targets(data).long()]             # (U,)
+    groups = []
+    for part in bought.sort().values.tensor_split(10):                        # (U / 10,)
+        if len(part):
+            groups.append(f"{part[0]}-{part[-1]}")
+
+    series = []
+    for style, name in enumerate(best_first(rows)):
+        points = finite(range(10), rows[name]["deciles"])
+        series.append(Series(style, name, points))
+    title = "Recall@10 by how often the item to be found was bought in training"
+    unit = "training events of that item: ten groups of users, as many in each"
+    chart(run, "rarity.png", 1, [Panel("lines", title, unit, groups, series)])
+
+
+def draw_curves(run, rows, curves, data):
+    """curves.png: loss and validation over time, and the loss of each code."""
+    losses = []
+    ndcg = []
+    by_code = []
+    styles = {name: style for style, name in enumerate(best_first(rows))}
+    for name, saved in curves.items():
+        style = styles.get(name, len(styles))
+        epochs = range(1, len(saved["ndcg"]) + 1)
+        minutes = [saved["seconds"] / 60 * epoch / len(epochs) for epoch in epochs]
+        # Of SASRec one loss an epoch, of a generator one for each of its L codes.
+        by_level = saved["losses"].view(len(epochs), -1)            # (epochs, L)
+        losses.append(Series(style, name, finite(minutes, by_level.sum(1))))
+        ndcg.append(Series(style, name, finite(minutes, saved["ndcg"])))
+        if name in ("mscgrec", "plain-softmax"):
+            levels = []
+            for l, level in enumerate(by_level.T):                  # (epochs,)
+                levels.append(Series(l, f"level {l + 1}", finite(epochs, level)))
+            title = f"{name}: loss of each code, nats"
+            by_code.append(Panel("lines", title, "epoch", None, levels))
+
+    N = len(data["item_ids"]) - 1
+    title = f"loss, nats (uniform: {math.log(N):.2f})"
+    unit = "minutes of training"
+    panels = [Panel("lines", title, unit, None, losses),
+              Panel("lines", "validation NDCG@10", unit, None, ndcg)]
+    chart(run, "curves.png", 2, panels + by_code)
+
+
+def draw_codes(run, codes):
+    """codes.png: how much of each level's codebook is in use."""
+    panels = []
+    for title, key, unit in (("codes in use, % of K", "used", 100),
+                             ("perplexity of the codes", "perplexity", 1)):
+        series = []
+        for style, (modality, stats) in enumerate(codes.items()):
+            values = [unit * x for x in stats[key]]
+            series.append(Series(style, modality, finite(range(4), values)))
+        labels = ["1", "2", "3", "4: collisions"]
+        panels.append(Panel("bars", title, "level", labels, series))
+    chart(run, "codes.png", 2, panels)
+
+
+# --- Sheets of items -----------------------------------------------------------------------------
+# Pictures with titles, in rows: what do items share whose codes begin alike?
+
+COLUMNS = 11        # items in a row
+CANDIDATES = 2000   # items that may be neighbours
+GREY = 208          # instead of a picture
+
+
+class Strip:
+    """A row of items, or a heading where it has none. framed: those that get a frame"""
+
+    def __init__(self, label, items=(), framed=()):
+        self.label = label
+        self.items = items
+        self.framed = framed
+
+
+def read_images(run, data):
+    """-> uint8 (N+1, 3, S, S); a run without pictures has grey ones of one pixel"""
+    if (run.folder / "images.pt").exists():
+        return run.load("images.pt", "01_data.py", mmap=True)["images"]
+    grey = torch.tensor(GREY, dtype=torch.uint8)                    # ()
+    return grey.expand(len(data["item_ids"]), 3, 1, 1)              # (N+1, 3, 1, 1)
+
+
+def sheet(run, name, strips, data, images):
+    """Draws strips below one another into a PNG, a grey tile for an item without picture.
+
+    images: uint8 (N+1, 3, S, S)
+    """
+    if not strips:
+        print(f"{name} is not drawn: the run lacks what it shows")
+        return
+    canvas = Image.new("RGB", (WIDTH, 100 * len(strips) + 8), "white")
+    draw = ImageDraw.Draw(canvas)
+    y = 8
+    for strip in strips:
+        size = 12 if strip.items else 15
+        draw.text((8, y), strip.label, "black", ImageFont.load_default(size), spacing=5)
+        for column, item in enumerate(strip.items):
+            draw_item(canvas, 112 + 72 * column, y, item, data, images)
+            if item in strip.framed:
+                x = 108 + 72 * column
+                draw.rectangle((x, y - 4, x + 71, y + 67), None, "#d55e00", 4)
+        y += 100 if strip.items else 30
+    with run.writing(name) as file:
+        canvas.crop((0, 0, WIDTH, y)).save(file, "PNG")
+
+
+def draw_item(canvas, x, y, item, data, images):
+    """One item's picture, and below it the first words of its title."""
+    tile = Image.new("RGB", (64, 64), (GREY, GREY, GREY))
+    if data["has_image"][item]:
+        pixels = images[item].permute(1, 2, 0)                      # (S, S, 3)
+        tile = Image.fromarray(pixels.numpy())
+        tile = tile.resize((64, 64), Image.Resampling.LANCZOS)
+    canvas.paste(tile, (x, y))
+    title = cut(data["titles"][item] or data["item_ids"][item], 67, 11, 2)
+    font = ImageFont.load_default(11)
+    ImageDraw.Draw(canvas).text((x + 32, y + 68), title, "black", font, "ma", 2, "center")
+
+
+def most_bought(items, data):
+    """Items by their events in training. (n,) -> (n,)"""
+    bought = data["train_counts"][items]                            # (n,)
+    return items[bought.argsort(descending=True, stable=True)]      # (n,)
+
+
+def draw_trees(run, trees, labels, data, images):
+    """tree-MODALITY.png: the four fullest first codes, and the two fullest branches of each."""
+    for modality, tree in trees.items():
+        strips = tree_strips(modality, tree, labels, data)
+        sheet(run, f"tree-{modality}.png", strips, data, images)
+
+
+def tree_strips(modality, tree, labels, data):
+    known = most_bought(tree["known"].nonzero()[:, 0], data)        # (n,)
+    codes = tree["codes"][known].long()                             # (n, L)
+    strips = []
+    for first, _ in Counter(codes[:, 0].tolist()).most_common(4):
+        strips.append(Strip(f"{modality} codes that begin with {first}, two largest branches"))
+        second = codes[codes[:, 0] == first, 1]                     # (that begin so,)
+        prefixes = [[first]]
+        for code, _ in Counter(second.tolist()).most_common(2):
+            prefixes.append([first, code])
+
+        for prefix in prefixes:
+            begins_so = (codes[:, :len(prefix)] == torch.tensor(prefix)).all(1)  # (n,)
+            items = known[begins_so]                                # (that begin so,)
+            share, label = commonest_label(items, labels)
+            strips.append(Strip(f"{', '.join(map(str, prefix))}, ..\n{len(items):,} items\n"
+                                f"{share:.0%} one\n{label}", items[:COLUMNS].tolist()))
+    return strips
+
+
+def commonest_label(items, labels):
+    """The kind of label that most of the items share: 90 % one colour, say. -> share, its name"""
+    counts = []
+    for name, label in labels.items():
+        number = label[items] + 1                                   # (n,) 0: none
+        count = number.bincount(minlength=2)[1:].max().item()
+        counts.append((count, name))
+    count, name = max(counts)
+    return count / len(items), name
+
+
+def draw_neighbours(run, trees, data, images, rng):
+    """neighbours.png: what lies next to the five best sellers, for RQ-DINO and for raw pixels."""
+    strips = []
+    if images.shape[2] > 1 and "image" in trees:
+        tree = trees["image"]
+        known = tree["known"].nonzero()[:, 0]                       # (n,)
+        some = torch.randperm(len(known), generator=rng)[:CANDIDATES]
+        known = most_bought(known[some], data)                      # (n,)
+        views = {"RQ-DINO": tree["embeddings"][known],              # (n, d)
+                 "raw pixels": images[known].flatten(1).float()}    # (n, 3 * S * S)
+        for i, item in enumerate(known[:5].tolist()):
+            for name, x in views.items():
+                distance = torch.cdist(x[i:i + 1], x)[0]            # (n,)
+                nearest = distance.argsort(stable=True)[:COLUMNS]   # (columns,)
+                label = f"{name}:\nnearest to\nthe framed"
+                strips.append(Strip(label, known[nearest].tolist(), [item]))
+    sheet(run, "neighbours.png", strips, data, images)
+
+
+def draw_histories(run, models, data, images):
+    """histories.png: of five users what they bought, and the first tens of four models."""
+    strips = history_strips(models, data)
+    sheet(run, "histories.png", strips, data, images)
+
+
+def history_strips(models, data):
+    events = data["events"]
+    offsets = data["offsets"]
+    U = len(offsets) - 1
+    strips = []
+    for user in sorted({U * tenth // 10 for tenth in (1, 3, 5, 7, 9)}):
+        history = events[offsets[user]:offsets[user + 1]][-COLUMNS:].tolist()
+        target = history[-1:]
+        strips.append(Strip(f"user {user}; framed: the last item, to be found"))
+        strips.append(Strip("history", history, target))
+        for name in ("popularity", "sasrec", "tiger", "mscgrec"):
+            if name in models:
+                top = models[name][0]["top"][user, :10]             # (10,)
+                strips.append(Strip(name, top[top > 0].tolist(), target))
+    return strips
+
+
+# --- Files, stopped runs, several processes (the same text in every script that has it) ----------
+# Nothing below belongs to the method.
+
+
+def fail(message):
+    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def start(main):
+    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    if sys.version_info < (3, 11):
+        fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped: the same command goes on with what is written already.")
+    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
+
+
+class Run:
+    """The folder of one experiment: here the scripts meet, and nowhere else.
+
+    It remembers the SHA-256 of every file that this script has read. Whatever the script saves
+    carries them as `made_from`, so that codes of one shop never meet the events of another.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.made_from = {}  # name of a file -> its SHA-256
+        self.writes = True   # of several processes only the first one writes
+
+    def load(self, name, maker, mmap=False):
+        """Reads what the script `maker` wrote. -> dict of tensors, numbers, strings, lists, dicts
+
+        Ends the script where the file is missing, damaged, foreign, or made from other files than
+        those that were read before. mmap: tensors stay on the disk until they are used.
+        """
+        path = self.folder / name
+        try:
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
+            artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+            if maker == "01_data.py":
+                made_from = artifact["made_from"]  # KeyError: a foreign file of that name
+            else:
+                made_from = artifact.get("made_from", {})  # anybody may make codes, predictions
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except Exception as error:
+            fail(f"{path} is missing or damaged ({type(error).__name__}): "
+                 f"run {maker} with this --run.")
+        for other, then in made_from.items():
+            if self.made_from.get(other, then) != then:
+                fail(f"{path} was made from another {path.with_name(other)}: run {maker} again.")
+        self.made_from[name] = digest
+        return artifact
+
+    def save(self, artifact, name):
+        """Writes a dict of tensors, numbers, strings, lists and dicts as a .pt file."""
+        if self.writes:
+            with self.writing(name) as file:
+                torch.save({**artifact, "made_from": self.made_from}, file)
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        """Opens a file beside `name`, flushes it and renames it: nobody ever sees half a file."""
+        path = self.folder / name
+        partial = self.folder / f"{name}.partial"
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+            fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+        finally:
+            partial.unlink(missing_ok=True)
+
 
 if __name__ == "__main__":
-    main()
+    start(main)
