@@ -1,13 +1,18 @@
 """SASRec: a sequence model over item ids, and the collaborative codes that its embeddings give.
 
-Trains SASRec (Kang and McAuley, 2018) with the full-softmax cross-entropy over all items, writes
-its recommendations, and cuts its item embeddings e_i into codes by residual k-means: r_0 = e_i;
-c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l] (MSCGRec, arXiv 2602.03713, the
-collaborative modality). It sees training events only: of each user all but the last two.
+Trains SASRec (Kang and McAuley, 2018): a vector for the history, whose inner product with the
+embedding e_i of item i is the score of i as the next item; the loss is the cross-entropy over all
+items. Its recommendations are the baseline of this repository. Residual k-means then cuts each
+embedding into codes: r_0 = e_i;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;  r_l = r_{l-1} - C_l[c_l]
+(MSCGRec, arXiv 2602.03713, the collaborative modality). It learns from training events only: of
+each user all but the last two.
 
     python 02_sasrec.py                          # after 01_data.py
     torchrun --nproc_per_node=2 -- 02_sasrec.py  # several GPUs; "--": torchrun would take --run
 
+letters  B users in a batch, T items of history, N items, U users, W windows cut from histories,
+         E width of the model, H heads, L codes of an item, K values of a code,
+         d width of a vector that is cut into codes
 reads   data.pt
 writes  sasrec.pt
           weights           dict                 the best epoch's parameters, by name
@@ -26,7 +31,16 @@ writes  sasrec.pt
 
 On the toy shop: 1.5 minutes, 0.4 GiB (2 cores of an AMD EPYC).
 """
-import argparse, atexit, hashlib, math, os, pathlib, resource, signal, sys, time, zipfile
+import argparse
+import atexit
+import contextlib
+import hashlib
+import math
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,290 +48,455 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-SAMPLED_FROM = 50_000  # larger catalogues train with a sampled softmax of
-NEGATIVES = 4096       # items, drawn once a step and shared by its targets
-WARM_UP = 100          # steps in which the learning rate rises to its value
-JUDGES = 20_000        # users whose validation events decide when training stops
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
-# --- Files ---------------------------------------------------------------------------------------
-MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-def fail(message):
-    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
-    print(message, file=sys.stderr)
-    sys.exit(2)
+SAMPLED_FROM = 50_000      # items; larger catalogues train with a sampled softmax
+NEGATIVES = 4096           # items that it draws, once a step, for all targets of the step
+WARM_UP = 100              # steps in which the learning rate rises to its value
+VALIDATION_USERS = 20_000  # at the most; their validation events decide when training stops
 
-def load(path, maker, mmap=False):
-    """Reads what `maker` wrote. Refuses a damaged or foreign file, and one of other inputs."""
-    try:
-        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
-        artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-        for name, digest in artifact.get("made_from", None if maker[:3] == "01_" else {}).items():
-            if MADE_FROM.get(name, digest) != digest:
-                fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
-        MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-        return artifact
-    except Exception as error:
-        fail(f"{path} is missing or damaged ({type(error).__name__}): run {maker} with this --run.")
 
-def save(artifact, path):
-    """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(artifact | {"made_from": MADE_FROM}, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
-        partial.unlink(missing_ok=True)
-        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+# --- Data: pieces of histories, cut from the flat array of events (the same text in 02 and 05) ---
+# User u's events are events[offsets[u]:offsets[u+1]], in order of time. The last one is for the
+# test, the last but one for validation, and a model reads at most T events at once.
 
-# --- Stopped runs; several processes -------------------------------------------------------------
-def resume(path, args, **parts):
-    """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
-    new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
-    signal.signal(signal.SIGINT, lambda *_: fail("stopped: run it again without --fresh to go on"))
-    if args.fresh or args.max_steps or not path.exists():
-        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
-    state, now = load(path, "this script with --fresh"), vars(args)
-    del MADE_FROM[path.name]  # results are not made from it
-    for name, then in state["options"].items():
-        if name not in ("run", "device", "rank", "fresh", "bf16") and then != now[name]:
-            fail(f"{path} began with --{name} {then}, not {now[name]}: go on so, or use --fresh.")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state
 
-def join():
-    """Under torchrun, meets the other processes -> rank, the number of this one, world, of all."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    dist.init_process_group()
-    atexit.register(dist.destroy_process_group)
-    atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    if dist.get_rank():  # only one prints and writes
-        sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
-    return dist.get_rank(), dist.get_world_size()
-def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
-    return dist.all_reduce(x) or x if dist.is_initialized() else x
+def held_out_windows(split, offsets, T):
+    """The history before each user's held-out event: events[start:start+length], at most T long.
 
-# --- Data: sequences cut from the flat array of events -------------------------------------------
-def windows(split, offsets, T):
-    """What a model sees: slices events[start:start+length], at most T long; start, length: (W,).
-    Training: inputs whose targets are one event later, each event but a user's first once; a random
-    phase moves the cuts of long histories. Else: what precedes a user's held-out event."""
-    if split != "train":
-        target = offsets[1:] - (1 if split == "test" else 2)  # (U,)
-        start = torch.maximum(offsets[:-1], target - T)  # (U,)
-        return start, target - start
-    U, targets = len(offsets) - 1, (offsets.diff() - 3).clamp(min=0)  # (U,); two are held out
-    phase = torch.randint(T, (U,)) * (targets > T)  # (U,)
-    count = (targets + phase + T - 1) // T  # (U,)
-    user = torch.arange(U).repeat_interleave(count)  # (W,)
-    number = torch.arange(len(user)) - (count.cumsum(0) - count)[user]  # (W,)
-    begin = (number * T - phase[user]).clamp(min=0)  # (W,)
+    split: "valid" or "test", offsets: (U+1,) -> start, length: (U,) both
+    """
+    back = {"test": 1, "valid": 2}[split]
+    target = offsets[1:] - back                                     # (U,) the held-out event
+    start = torch.maximum(offsets[:-1], target - T)                 # (U,)
+    return start, target - start
+
+
+def training_windows(offsets, T):
+    """Cuts the training events into windows. A model reads events[start:start+length]; the target
+    of each is the event after it. Every training event but a user's first is a target once.
+
+    offsets: (U+1,) -> start, length: (W,) both, 1 <= length <= T
+    """
+    # Of a user's n events the last two are held out and the first one has nothing before it.
+    targets = (offsets.diff() - 3).clamp(min=0)                     # (U,)
+
+    # Histories longer than T are cut every T events. A phase, drawn each epoch, moves the cuts,
+    # so that no event is always the first of its window, where it sees nothing of what came before.
+    # Twelve events, so nine targets (1 to 9), with T = 4 and phase 1:
+    #   events   0 1 2 3 4 5 6 7 8 9 v t
+    #   read     0 1 2|3 4 5 6|7 8            three windows
+    #   targets    1 2 3|4 5 6 7|8 9
+    phase = torch.randint(T, targets.shape) * (targets > T)         # (U,)
+    windows = (targets + phase + T - 1) // T                        # (U,) how many, rounded up
+
+    # Number the windows of each user 0, 1, 2, ..: the place among all windows, minus the place
+    # where the windows of this user begin.
+    user = torch.arange(len(windows)).repeat_interleave(windows)    # (W,)
+    first = windows.cumsum(0) - windows                             # (U,)
+    number = torch.arange(len(user)) - first[user]                  # (W,)
+
+    begin = (number * T - phase[user]).clamp(min=0)                 # (W,)
     end = torch.minimum((number + 1) * T - phase[user], targets[user])  # (W,)
     return offsets[user] + begin, end - begin
 
-def equal_length_batches(lengths, tokens):
-    """Batches of one length each, of about `tokens` items: no padding. (W,) -> list of indices"""
-    order, batches = torch.randperm(len(lengths)), []  # (W,)
-    order = order[lengths[order].argsort(stable=True)]  # (W,)
-    for group in order.split(lengths.bincount()[lengths.unique()].tolist()):
-        batches += group.split(max(1, tokens // int(lengths[group[0]])))
+
+def equal_length_batches(lengths, events):
+    """Batches of windows of one length each, in random order: nothing is padded.
+
+    lengths: (W,), events: how many a batch holds, about -> list of index tensors (B,)
+    """
+    # Shuffle, then sort by length; a stable sort leaves windows of one length in random order.
+    order = torch.randperm(len(lengths))                            # (W,)
+    order = order[lengths[order].argsort(stable=True)]              # (W,)
+
+    batches = []
+    _, size = lengths[order].unique_consecutive(return_counts=True)  # (lengths,)
+    for group in order.split(size.tolist()):
+        length = int(lengths[group[0]])
+        batches += group.split(max(1, events // length))            # (B,) each
     return [batches[i] for i in torch.randperm(len(batches))]
 
+
 # --- The model -----------------------------------------------------------------------------------
+# A causal transformer: the vector at place t has seen the items up to t, and nothing later.
+
+
 class Dropout(nn.Dropout):
-    """As in torch, whose draw of booleans takes three times as long on a CPU as these numbers."""
+    """As in torch, which draws booleans; on a CPU these numbers take a third of the time."""
+
     def forward(self, x):
-        return x * ((torch.rand_like(x) >= self.p) / (1 - self.p)) if self.training else x
+        if not self.training:
+            return x
+        kept = torch.rand_like(x) >= self.p     # as x, each with probability 1 - p
+        return x * (kept / (1 - self.p))        # as x; the mean stays what it was
+
 
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each added to what comes in. The norm stands
-    before each of them, or behind the sum (post), as in the first transformer."""
-    def __init__(self, E, H, dropout, post):
+    """Causal self-attention, then a feed-forward layer; each is added to what comes in."""
+
+    def __init__(self, E, H, dropout):
         super().__init__()
-        self.H, self.post, self.dropout = H, post, Dropout(dropout)
-        self.norm1, self.norm2 = nn.LayerNorm(E), nn.LayerNorm(E)
-        self.qkv, self.out = nn.Linear(E, 3 * E), nn.Linear(E, E)
-        self.up, self.down = nn.Linear(E, 4 * E), nn.Linear(4 * E, E)
+        self.H = H
+        self.dropout = Dropout(dropout)
+        self.norm1 = nn.LayerNorm(E)
+        self.norm2 = nn.LayerNorm(E)
+        self.qkv = nn.Linear(E, 3 * E)
+        self.out = nn.Linear(E, E)
+        self.up = nn.Linear(E, 4 * E)
+        self.down = nn.Linear(4 * E, E)
+
     def attend(self, x):
+        # torch's fused attention does here; 03 and 05 write attention by hand, because 03 keeps the
+        # names of the public ViT, and 05 adds a learnt bias and keeps the keys of earlier codes.
         B, T, E = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.H, E // self.H).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, T, 3, self.H, E // self.H)            # (B, T, 3, H, E/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, T, E/H) each
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, E/H)
-        return self.dropout(self.out(mixed.transpose(1, 2).reshape(B, T, E)))  # (B, T, E)
-    def feed(self, x):
-        return self.dropout(self.down(F.gelu(self.up(x))))  # (B, T, E)
+        mixed = mixed.transpose(1, 2).reshape(B, T, E)                  # (B, T, E)
+        return self.dropout(self.out(mixed))                            # (B, T, E)
+
+    def feed_forward(self, x):
+        inner = F.gelu(self.up(x))                                      # (B, T, 4E)
+        return self.dropout(self.down(inner))                           # (B, T, E)
+
     def forward(self, x):
-        for norm, part in (self.norm1, self.attend), (self.norm2, self.feed):
-            x = norm(x + part(x)) if self.post else x + part(norm(x))  # (B, T, E)
-        return x
+        x = x + self.attend(self.norm1(x))                              # (B, T, E)
+        return x + self.feed_forward(self.norm2(x))                     # (B, T, E)
+
 
 class SASRec(nn.Module):
-    """Item ids (B, T) -> for each position the vector (B, T, E) whose inner product with an item's
-    vector is the score of that item as the next one. content: what else is known of the items,
-    (N+1, d); its projection is added to the item embeddings. post: norms as in the first
-    transformer, also of what comes in, and a last layer, as in BERT4Rec: what comes out is no
-    longer held near the last item, whose embedding went in."""
-    def __init__(self, N, T, E, H, layers, dropout, content=None, post=False):
+    """Reads histories and says at each place which item may come next.
+
+    The score of an item is the inner product of the output there with the item's vector: the same
+    vectors that go in. content: (N+1, d), what else is known of the items (`--content`); a
+    projection of it is added to their embeddings.
+    """
+    block = Block
+
+    def __init__(self, N, T, E, H, layers, dropout, content=None):
         super().__init__()
-        self.items, self.positions = nn.Embedding(N + 1, E), nn.Embedding(T, E)
-        self.content = content  # no buffer: all processes have it, nobody need send it
-        self.project = None if content is None else nn.Linear(content.shape[1], E, bias=False)
+        self.items = nn.Embedding(N + 1, E)  # row 0 is padding
+        self.positions = nn.Embedding(T, E)
+        self.content = content  # no buffer: every process has it, so nobody need send it
+        self.project = None
+        if content is not None:
+            self.project = nn.Linear(content.shape[1], E, bias=False)
         self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(E, H, dropout, post) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(E), nn.Linear(E, E) if post else None
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-    def vectors(self):  # (N+1, E)
-        return self.items.weight + self.project(self.content) if self.project else self.items.weight
+        self.blocks = nn.ModuleList(self.block(E, H, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(E)
+
+    def vectors(self):
+        """The vector of every item. -> (N+1, E)"""
+        if self.project is None:
+            return self.items.weight                                    # (N+1, E)
+        return self.items.weight + self.project(self.content)           # (N+1, E)
+
+    def embed(self, history):
+        """Which item, and at which place. (B, T) -> (B, T, E)"""
+        place = torch.arange(history.shape[1], device=history.device)   # (T,)
+        return F.embedding(history, self.vectors()) + self.positions(place)  # (B, T, E)
+
     def forward(self, history):
-        place = torch.arange(history.shape[1], device=history.device)  # (T,)
-        x = F.embedding(history, self.vectors()) + self.positions(place)  # (B, T, E)
-        x = self.dropout(self.norm(x) if self.head else x)  # (B, T, E)
+        """Item ids (B, T) -> what is wanted after each of them (B, T, E)"""
+        x = self.dropout(self.embed(history))                           # (B, T, E)
         for block in self.blocks:
-            x = block(x)
-        return x + self.head(x) if self.head else self.norm(x)  # (B, T, E)
+            x = block(x)                                                # (B, T, E)
+        return self.norm(x)                                             # (B, T, E)
 
-def cross_entropy(hidden, embeddings, target, log_q=None):
-    """Next-item loss, the sum of nats: the softmax runs over all items [4].
-    This loss decides every comparison with SASRec. The original trains with binary cross-entropy
-    and one sampled negative, and reaches half to four fifths of the recall (README; "Turning Dross
-    into Gold", RecSys 2023).
-    With log_q (N+1,), the items' log-frequency in training, the softmax's denominator is the
-    target's own term and, for all others, an estimate from NEGATIVES items drawn with frequency q:
-    each counts 1 / (NEGATIVES * q), or popular items, drawn more often, would be pushed down more
-    often (importance sampling, Bengio and Senecal, 2008). Its mean is the sum over all items.
-    hidden: (n, E), embeddings: (N+1, E), target: (n,)"""
-    if log_q is None:
-        # A part's scores stay in the cache, and in memory that the process has already.
-        items, parts = embeddings[1:].T, zip(hidden.split(256), target.split(256))
-        return sum(F.cross_entropy((h @ items).float(), t - 1, reduction="sum") for h, t in parts)
-    drawn = torch.multinomial(log_q.exp(), NEGATIVES, replacement=True)  # (NEGATIVES,)
+
+def initialise(module):
+    """Small random weights, as in GPT-2: at first all items score alike."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+# A variant (`--post-norm`): norms as in the first transformer, and a last layer as in BERT4Rec.
+# Then what comes out is no longer held near the last item, whose embedding went in.
+
+
+class PostNormBlock(Block):
+    """The norm stands behind each sum, not before each part."""
+
+    def forward(self, x):
+        x = self.norm1(x + self.attend(x))                              # (B, T, E)
+        return self.norm2(x + self.feed_forward(x))                     # (B, T, E)
+
+
+class PostNormSASRec(SASRec):
+    """What comes in is normed too, and a linear layer is added to what comes out."""
+    block = PostNormBlock
+
+    def __init__(self, N, T, E, *rest):
+        super().__init__(N, T, E, *rest)
+        self.head = nn.Linear(E, E)
+
+    def forward(self, history):
+        x = self.norm(self.embed(history))                              # (B, T, E)
+        x = self.dropout(x)                                             # (B, T, E)
+        for block in self.blocks:
+            x = block(x)                                                # (B, T, E)
+        return x + self.head(x)                                         # (B, T, E)
+
+
+# --- The loss ------------------------------------------------------------------------------------
+# It decides every comparison with SASRec. The original trains with binary cross-entropy against one
+# random item and reaches half to four fifths of the recall (README; "Turning Dross into Gold",
+# RecSys 2023). Here the item that came is compared with all others.
+
+
+def cross_entropy(hidden, vectors, target):
+    """-log softmax(hidden . vectors)[target], over all items but the padding, summed.  [4]
+
+    hidden: (n, E), vectors: (N+1, E), target: item ids (n,) -> nats ()
+    """
+    items = vectors[1:].T                                               # (E, N)
+    total = hidden.new_zeros(())                                        # ()
+    # In parts of 256 targets: their scores stay in the cache.
+    for part, wanted in zip(hidden.split(256), target.split(256)):
+        scores = (part @ items).float()                                 # (256, N)
+        total = total + F.cross_entropy(scores, wanted - 1, reduction="sum")
+    return total
+
+
+def sampled_cross_entropy(hidden, vectors, target, log_q):
+    """The same with an estimate of the softmax's denominator, for large catalogues.
+
+    The denominator is the target's own term plus the terms of all other items. Their sum is
+    estimated from NEGATIVES items j, drawn with the probability q_j, their share of the training
+    events: the mean of exp(score_j) / q_j over the draws is on average the sum over all items.
+    Without 1 / q_j popular items, which are drawn more often, would be pushed down more often
+    (log-Q correction: importance sampling, Bengio and Senecal, 2008).
+
+    hidden: (n, E), vectors: (N+1, E), target: (n,), log_q: (N+1,) -> nats (), a sum
+    """
+    drawn = torch.multinomial(log_q.exp(), NEGATIVES, replacement=True)  # (drawn,)
     # One look-up for both: the gradient of each look-up is as large as the table.
-    right, wrong = embeddings[torch.cat([target, drawn])].split([len(target), NEGATIVES])
-    negative = hidden @ wrong.T - log_q[drawn] - math.log(NEGATIVES)  # (n, NEGATIVES)  [5]
-    negative = negative.masked_fill(drawn == target.unsqueeze(1), -torch.inf)  # (n, NEGATIVES)
-    positive = (hidden * right).sum(1)  # (n,)
-    return (torch.cat([positive.unsqueeze(1), negative], 1).logsumexp(1) - positive).sum()
+    both = vectors[torch.cat([target, drawn])]                          # (n + drawn, E)
+    right, wrong = both.split([len(target), NEGATIVES])                 # (n, E), (drawn, E)
 
-def binary_cross_entropy(hidden, embeddings, target):
-    """The loss of the original SASRec, for comparison: a random item against each target. Sum."""
-    score = lambda items: (hidden * embeddings[items]).sum(1)  # (n,) -> (n,)
-    wrong = torch.randint_like(target, 1, len(embeddings))  # (n,)
-    return (F.softplus(-score(target)) + F.softplus(score(wrong))).sum()
+    positive = (hidden * right).sum(1)                                  # (n,)
+    # exp(score) / (NEGATIVES q), in logarithms.  [5]
+    negative = hidden @ wrong.T - log_q[drawn] - math.log(NEGATIVES)    # (n, drawn)
+    is_target = drawn == target.unsqueeze(1)                            # (n, drawn)
+    negative = negative.masked_fill(is_target, -torch.inf)              # (n, drawn)
+
+    scores = torch.cat([positive.unsqueeze(1), negative], 1)            # (n, 1 + drawn)
+    return (scores.logsumexp(1) - positive).sum()                       # ()
+
+
+def binary_cross_entropy(hidden, vectors, target):
+    """The loss of the original SASRec, for comparison: one random item against each target.
+
+    hidden: (n, E), vectors: (N+1, E), target: (n,) -> nats (), a sum
+    """
+    random = torch.randint_like(target, 1, len(vectors))                # (n,)
+    right = (hidden * vectors[target]).sum(1)                           # (n,)
+    wrong = (hidden * vectors[random]).sum(1)                           # (n,)
+    return (F.softplus(-right) + F.softplus(wrong)).sum()               # ()
+
+
+# --- Ranking -------------------------------------------------------------------------------------
+# All N items are ranked for every user, never a sample of them. What a user had before is not taken
+# out, as with other generators of codes: see the README.
+
 
 @torch.no_grad()
-def recommend(model, data, split, users, T, top, device):
-    """Ranks all N items for some users: items int32 (n, top), best first, and scores (n, top).
-    What a user had before is not taken out, as with other generators of codes: see the README."""
+def recommend(model, data, split, users, T, top):
+    """The best items for the held-out event of some users.
+
+    split: "valid" or "test", users: (n,), T: events that the model reads, top: how many items
+    -> items int32 (n, top), best first; their scores float32 (n, top)
+    """
     model.eval()
+    device = model.items.weight.device
+    items = torch.zeros(len(users), top, dtype=torch.int32)             # (n, top)
+    scores = torch.zeros(len(users), top)                               # (n, top)
+    vectors = model.vectors()[1:].T                                     # (E, N)
+
+    start, length = held_out_windows(split, data["offsets"], T)         # (U,) both
+    start, length = start[users], length[users]                         # (n,) both
     torch.manual_seed(0)  # the same batches, also where a stopped run goes on here
-    start, length = (part[users] for part in windows(split, data["offsets"], T))  # (n,) both
-    items, scores = torch.zeros(len(users), top).int(), torch.zeros(len(users), top)  # (n, top)
-    vectors = model.vectors()[1:].T  # (E, N)
     for batch in equal_length_batches(length, 8192):
-        history = data["events"][start[batch, None] + torch.arange(length[batch[0]])]  # (B, T)
-        for rows, hidden in zip(batch.split(256), model(history.to(device))[:, -1].split(256)):
-            best = (hidden @ vectors).topk(top)  # (256, top)
+        place = torch.arange(length[batch[0]])                          # (T,)
+        history = data["events"][start[batch, None] + place]            # (B, T)
+        last = model(history.to(device))[:, -1]                         # (B, E)
+        for rows, hidden in zip(batch.split(256), last.split(256)):
+            best = (hidden @ vectors).topk(top)                         # (256, top)
             items[rows] = (best.indices + 1).int().cpu()  # item 0 is padding
             scores[rows] = best.values.cpu()
     return items, scores
 
+
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
+# Three numbers instead of a vector: its nearest centroid, the centroid nearest to what that leaves,
+# and once more. A fourth number tells apart the items that share all three.
+
+
 def codebook_size(N):
     """K, our rule: the power of two nearest (in ratio) to sqrt(N), from 8 to 256, the paper's."""
-    return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
+    exponent = round(math.log2(max(N, 1)) / 2)
+    return 2 ** min(8, max(3, exponent))
+
 
 def nearest(x, codebook):
-    """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)"""
-    half_norm = codebook.square().sum(1) / 2  # (K,)
-    return torch.cat([torch.addmm(half_norm, part, codebook.T, alpha=-1).argmin(1)  # (part, K)
-                      for part in x.split(4096)])  # few enough rows to stay in the cache
+    """argmin_k ||x - C[k]||^2 for every row of x. x: (n, d), codebook: (K, d) -> (n,)"""
+    # ||x - C[k]||^2 = ||x||^2 - 2 x . C[k] + ||C[k]||^2, and the first term is the same for all k.
+    # So the nearest centroid has the least ||C[k]||^2 / 2 - x . C[k]: one product of matrices.
+    half_norm = codebook.square().sum(1) / 2                        # (K,)
+    codes = []
+    for part in x.split(4096):  # few enough rows to stay in the processor's cache
+        score = torch.addmm(half_norm, part, codebook.T, alpha=-1)  # (part, K)
+        codes.append(score.argmin(1))                               # (part,)
+    return torch.cat(codes)                                         # (n,)
+
 
 def kmeans(x, K, rng, steps=15):
-    """Lloyd's algorithm; a centroid without members restarts at the vector that is served worst.
-    1,024 vectors a centroid find it as well as more would. x: (n, d) -> codebook (K, d)"""
-    x = x[torch.randperm(max(len(x), K), generator=rng)[:1024 * K] % len(x)]  # (n, d)
-    codebook = x[:K]  # (K, d)
+    """Lloyd's algorithm: each vector goes to its nearest centroid, each centroid to their mean.
+
+    x: (n, d), rng: torch.Generator -> codebook (K, d)
+    """
+    # 1,024 vectors a centroid find it as well as more would. Fewer than K vectors are repeated.
+    order = torch.randperm(max(len(x), K), generator=rng)           # (max(n, K),)
+    x = x[order[:1024 * K] % len(x)]                                # (sample, d)
+
+    codebook = x[:K]                                                # (K, d)
     for _ in range(steps):
-        codes = nearest(x, codebook)  # (n,)
-        members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
-        sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)  [8]
+        codes = nearest(x, codebook)                                # (sample,)
+        members = torch.bincount(codes, minlength=K).unsqueeze(1)   # (K, 1)
+        sums = torch.zeros_like(codebook).index_add_(0, codes, x)   # (K, d)
+
+        # A centroid without members restarts at the vector that is served worst.  [8]
+        empty = (members[:, 0] == 0).nonzero()[:, 0]                # (empty,)
         if len(empty):
-            worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
-            sums[empty], members[empty] = x[worst], 1
-        codebook = sums / members  # (K, d)
+            error = (x - codebook[codes]).square().sum(1)           # (sample,)
+            worst = error.topk(len(empty)).indices                  # (empty,)
+            sums[empty] = x[worst]                                  # (empty, d)
+            members[empty] = 1                                      # (empty, 1)
+
+        codebook = sums / members                                   # (K, d)
     return codebook
 
+
 def residual_kmeans(x, K, rng):
-    """A codebook for x, one for what it leaves, one for what that leaves: (n, d) -> (3, K, d)"""
+    """A codebook for x, one for what it leaves, one for what that leaves. (n, d) -> (3, K, d)"""
     codebooks = []
     for _ in range(3):
-        codebooks.append(kmeans(x, K, rng))  # (K, d)
-        x = x - codebooks[-1][nearest(x, codebooks[-1])]  # (n, d)
-    return torch.stack(codebooks)  # (3, K, d)
+        codebook = kmeans(x, K, rng)                                # (K, d)
+        codebooks.append(codebook)
+        x = x - codebook[nearest(x, codebook)]                      # (n, d)
+    return torch.stack(codebooks)                                   # (3, K, d)
+
 
 def quantise(x, codebooks):
-    """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
-    x: (n, d), codebooks: (3, K, d) -> codes (n, 3), what they leave, r_3 (n, d)"""
-    codes, residual = [], x
+    """r_0 = x;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;  r_l = r_{l-1} - C_l[c_l],  l = 1, 2, 3.
+
+    x: (n, d), codebooks: (3, K, d) -> codes (n, 3), what they leave of x, r_3 (n, d)
+    """
+    codes = []
+    residual = x                                                    # (n, d)
     for codebook in codebooks:
-        codes.append(nearest(residual, codebook))  # (n,)
-        residual = residual - codebook[codes[-1]]  # (n, d)  [7]
-    return torch.stack(codes, 1), residual  # (n, 3), (n, d)
+        code = nearest(residual, codebook)                          # (n,)
+        codes.append(code)
+        residual = residual - codebook[code]                        # (n, d)  [7]
+    return torch.stack(codes, 1), residual                          # (n, 3), (n, d)
+
 
 def number_in_group(group, order):
-    """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
-    order = order[group[order].argsort(stable=True)]  # (n,)
-    _, size = group[order].unique_consecutive(return_counts=True)  # (groups,)
-    number = torch.empty_like(group)  # (n,)
-    number[order] = torch.arange(len(group)) - (size.cumsum(0) - size).repeat_interleave(size)
+    """Numbers the members of each group from 0: who comes first in `order` gets 0.
+
+    group: (n,) the group of each member, order: (n,) a permutation of the members -> (n,)
+    """
+    # Bring each group together, its members in the given order.
+    together = order[group[order].argsort(stable=True)]             # (n,)
+    _, size = group[together].unique_consecutive(return_counts=True)  # (groups,)
+
+    # A member's number is its place minus the place where its group begins:
+    #   group   a a a b c c
+    #   place   0 1 2 3 4 5
+    #   begin   0 0 0 3 4 4
+    #   number  0 1 2 0 0 1
+    place = torch.arange(len(group))                                # (n,)
+    begin = (size.cumsum(0) - size).repeat_interleave(size)         # (n,)
+    number = torch.empty_like(group)                                # (n,)
+    number[together] = place - begin                                # (n,)
     return number
 
+
 def finish_codes(embeddings, known, codebooks, train_counts, rng):
-    """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
-    An item without this modality gets a random place in the tree: it may still be a target.
-    Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
-    it, those with the largest residual walk down the tree anew, at each level into the nearest
-    branch with room (empty-leaf redistribution).
-    embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
+    """Three codes by meaning and a fourth against collisions: no two items share all four.
+
+    embeddings: (N+1, d); known: bool (N+1,), False where an item lacks this modality;
+    codebooks: (3, K, d); train_counts: (N+1,), events in training
+    -> codes int16 (N+1, L), row 0 = -1; how many items were moved to make room
+    """
     K = codebooks.shape[1]
-    codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
+    codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
+    # Without a vector an item gets a random place in the tree: it may still be a target.
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
+
+    # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
+    prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)           # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    # Of a full prefix those move that are served worst.  [10]
-    moved = number_in_group(prefix, residual.square().sum(1).argsort(stable=True)) >= K  # (N+1,)
-    size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
-            for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
-    for item in moved.nonzero()[:, 0].tolist():
-        residual, place = embeddings[item], 0  # (d,)
-        for l, C in enumerate(codebooks):  # the nearest branch that is not full
-            full = size[l].view(-1, K)[place] == K ** (3 - l)  # (K,)
-            k = (residual - C).square().sum(1).masked_fill(full, math.inf).argmin().item()
-            codes[item, l], residual, place = k, residual - C[k], place * K + k
-            size[l][place] += 1
-        prefix[item] = place
-    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)  [9]
-    codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
+
+    # Level 4 has room for K items. Of a fuller prefix those move that are served worst.  [10]
+    best_served = residual.square().sum(1).argsort(stable=True)     # (N+1,)
+    moved = number_in_group(prefix, best_served) >= K               # (N+1,)
+    redistribute(codes, prefix, moved, embeddings, codebooks)
+
+    # Items of one prefix are numbered, the most bought first, so that 0 is the likeliest.  [9]
+    most_bought = (-train_counts.long()).argsort(stable=True)       # (N+1,)
+    collision = number_in_group(prefix, most_bought)                # (N+1,)
+    codes = torch.cat([codes, collision.unsqueeze(1)], 1)           # (N+1, L)
     codes[0] = -1
-    alone = (prefix[known].unique(return_counts=True)[1] == 1).sum() / known.sum().clamp(1)  # ()
+
+    _, sharing = prefix[known].unique(return_counts=True)           # (prefixes,)
+    alone = (sharing == 1).sum() / known.sum().clamp(1)             # ()
     print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
     return codes.to(torch.int16), moved.sum().item()
 
-# -------------------------------------------------------------------------------------------------
-def main(argv=None):
+
+def redistribute(codes, prefix, moved, embeddings, codebooks):
+    """Empty-leaf redistribution: each item in `moved` walks down the tree once more, at each level
+    into the nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
+    """
+    # The tree of prefixes as one flat array of counts a level: entry p of behind[l] is the number
+    # of items behind the prefix p of l + 1 codes. The K branches of a node p are p K .. p K + K-1.
+    K = codebooks.shape[1]
+    stays = prefix[1:][~moved[1:]]                                  # (stays,)
+    behind = [torch.bincount(stays // (K * K), minlength=K),        # (K,)
+              torch.bincount(stays // K, minlength=K ** 2),         # (K^2,)
+              torch.bincount(stays, minlength=K ** 3)]              # (K^3,)
+
+    for item in moved.nonzero()[:, 0].tolist():
+        residual = embeddings[item]                                 # (d,)
+        node = 0  # the root
+        for l, codebook in enumerate(codebooks):
+            branches = behind[l][node * K:(node + 1) * K]           # (K,)
+            full = branches == K ** (3 - l)                         # (K,)
+            distance = (residual - codebook).square().sum(1)        # (K,)
+            k = distance.masked_fill(full, math.inf).argmin().item()
+            branches[k] += 1
+            codes[item, l] = k
+            residual = residual - codebook[k]                       # (d,)
+            node = node * K + k
+        prefix[item] = node
+
+
+# --- The script ----------------------------------------------------------------------------------
+
+
+def options(argv):
+    """The command line. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
-    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
-    add("--device", default="auto", choices=sorted({"auto", "cpu", device}), help="auto: the best")
+    add("--device", default="auto", choices=sorted({"auto", "cpu", best_device()}),
+        help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--name", default="sasrec", help="of its row and files (its codes: collab for sasrec)")
     add("--content", default="", help="codes' files whose embeddings items have too, as text,image")
@@ -336,101 +515,408 @@ def main(argv=None):
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
     add("--top", type=int, default=20, help="items recommended to a user")
-    if parser.parse_known_args(argv)[0].smoke:
+    known, _ = parser.parse_known_args(argv)
+    if known.smoke:
         parser.set_defaults(epochs=2, width=16, layers=1)
     args = parser.parse_args(argv)
-    if (min(args.length, args.layers, args.heads, args.batch, args.epochs, args.top) < 1 or
-            args.width % args.heads or not 0 <= args.dropout < 1 or not 0 < args.lr < math.inf or
-            not 0 <= args.seed < 2 ** 32 or args.max_steps < 0 or "sasrec" not in args.name):
-        fail("Sizes >= 1, --seed >= 0, --lr > 0, --dropout < 1, --name has sasrec; heads divide E.")
-    args.rank, args.world = join()
-    run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
-    device = torch.device(device if args.device == "auto" else args.device)
-    bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
-    torch.manual_seed(args.seed)
-    data = load(run / "data.pt", "01_data.py")
-    N, U, T = len(data["item_ids"]) - 1, len(data["user_ids"]), args.length
-    counts = data["train_counts"]  # (N+1,)
-    content = [load(run / f"{m}_codes.pt", f"the script of {m}_codes.pt")["embeddings"]
-               for m in args.content.split(",") if m]  # (N+1, d) each
-    content = torch.cat(content, 1).to(device) if content else None  # (N+1, d)
-    model = SASRec(N, T, args.width, args.heads, args.layers, args.dropout, content, args.post_norm)
-    model.to(device)
-    replica = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    log_q = (counts / counts.sum()).log().to(device) if N > SAMPLED_FROM else None  # (N+1,)
-    judges = torch.randperm(U)[:JUDGES][args.rank::args.world]  # (judges,): a process's share
-    truth = data["events"][data["offsets"][1 + judges] - 2].unsqueeze(1)  # (judges, 1)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.name}: {parameters:,} parameters; a uniform guess has loss {math.log(N):.3f}")
-    checkpoint = run / f"{args.name}.checkpoint"
-    state = resume(checkpoint, args, model=model, optimizer=optimizer)
-    losses, ndcg, step = state["losses"], state["ndcg"], state["step"]
-    began = time.time() - state["seconds"]
-    for epoch in range(len(losses), args.epochs):
-        if epoch and epoch - 1 - ndcg.index(max(ndcg)) >= args.patience:
-            break
-        torch.manual_seed(1000 * args.seed + epoch)  # the same batches in all processes
-        start, length = windows("train", data["offsets"], T)  # (W,) both
-        batches = equal_length_batches(length, args.batch * args.world)
-        model.train()
-        total, targets, todo = 0.0, 0, batches[:args.max_steps or None]
-        for batch in tqdm(todo, f"epoch {epoch}", leave=False, disable=args.rank > 0 or None):
-            window, mine = int(length[batch[0]]), batch[args.rank::args.world]  # (B,): its share
-            n = window * len(batch)
-            events = data["events"][start[mine, None] + torch.arange(window + 1)]  # (B, window+1)
-            events = events.long().to(device)  # (B, window+1)
-            hidden = replica(events[:, :-1]).flatten(0, 1)  # (B * window, E)
-            vectors, target = model.vectors(), events[:, 1:].flatten()  # (N+1, E), (n,)
-            # Most of the work is the products of `hidden` with all items: they may be bfloat16.
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = binary_cross_entropy(hidden, vectors, target) if args.loss == "bce" else \
-                    cross_entropy(hidden, vectors, target, log_q)
-            total, targets, step = total + loss.item(), targets + n, step + 1
-            if not math.isfinite(total):
-                fail(f"step {step}: the loss is no number, lower --lr; whole epochs: {checkpoint}")
-            # Every target weighs the same, also in a batch that its length left small.
-            (loss / args.batch).backward()
-            optimizer.param_groups[0]["lr"] = args.lr * min(1, step / WARM_UP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(add_up(torch.tensor(total, device=device)).item() / max(1, targets))
-        if args.max_steps:
-            hours = (time.time() - began) / 3600 * len(batches) / max(1, step)
-            return print(f"{step} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
-        shown = recommend(model, data, "valid", judges, T, min(10, N), device)[0]  # (judges, 10)
-        gain = (shown == truth) / torch.log2(2.0 + torch.arange(shown.shape[1]))  # (judges, 10)
-        ndcg.append(add_up(gain.sum().to(device)).item() / min(U, JUDGES))
-        print(f"epoch {epoch:3d}  loss {losses[-1]:.3f}  validation NDCG@10 {ndcg[-1]:.4f}  "
-              f"{time.time() - began:.0f} s")
-        if ndcg[-1] >= max(ndcg):  # [6]
-            state["best"] = {name: w.cpu().clone() for name, w in model.state_dict().items()}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                  "seconds": time.time() - began, "options": vars(args)}
-        save(state, checkpoint)
-    model.load_state_dict(state["best"])
-    everyone, top, began = torch.arange(U), min(args.top, N), time.time()  # (U,)
-    test, scores = recommend(model, data, "test", everyone, T, top, device)  # (U, top) both
-    seconds = {"train": state["seconds"], "predict": time.time() - began}
-    valid, _ = recommend(model, data, "valid", everyone, T, top, device)  # (U, top)
-    # Memory is counted in KiB, by macOS in bytes.
-    save({"name": args.name, "seed": args.seed, "valid": valid, "test": test, "scores": scores,
-          "seconds": seconds, "parameters": parameters, "bytes": 4 * parameters, "peak_memory":
-          1024 ** (sys.platform != "darwin") * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-          "options": vars(args)}, run / f"predictions-{args.name}-s{args.seed}.pt")
+    check(args)
+    if args.device == "auto":
+        args.device = best_device()
+    args.bf16 = args.precision == "bf16"
+    if args.precision == "auto":
+        args.bf16 = args.device == "cuda"
+    return args
 
-    # Collaborative codes. Row 0, the padding, was never trained and never is an item.
-    items, known = model.vectors().detach().cpu(), counts > 0  # (N+1, E), (N+1,)
-    embeddings = (items - items[known].mean(0)) / items[known].std()  # (N+1, E)
-    embeddings[~known], items[0] = 0, 0
-    codebooks = residual_kmeans(embeddings[known], codebook_size(N), rng)  # (3, K, E)
+
+def check(args):
+    """Ends the script where an option makes no sense."""
+    for name in ("length", "width", "layers", "heads", "batch", "epochs", "top"):
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: it starts at 1.")
+    if args.width % args.heads:
+        fail(f"--heads {args.heads} must divide --width {args.width}.")
+    if not 0 <= args.dropout < 1:
+        fail(f"--dropout {args.dropout}: from 0 to below 1.")
+    if not 0 < args.lr < math.inf:
+        fail(f"--lr {args.lr}: above 0.")
+    if not 0 <= args.seed < 2 ** 32:
+        fail(f"--seed {args.seed}: from 0 to below 2^32.")
+    if args.max_steps < 0:
+        fail(f"--max-steps {args.max_steps}: it starts at 0, which is no trial.")
+    if "sasrec" not in args.name:  # else its files could replace those of other scripts
+        fail(f"--name {args.name}: a --name has sasrec in it.")
+
+
+def main(argv=None):
+    args = options(argv)
+    run = Run(args.run)
+    args.rank, args.world = join(run)
+    torch.manual_seed(args.seed)
+
+    data = run.load("data.pt", "01_data.py")
+    model = build(run, data, args)
+    state = train(model, run, data, args)  # goes on where a stopped run left off
+    if args.max_steps:
+        return
+    model.load_state_dict(state["best"])
+    write_recommendations(model, state, run, data, args)
+    write_codes(model, state, run, data, args)
+    if run.writes:
+        checkpoint_of(run, args).unlink(missing_ok=True)
+
+
+def build(run, data, args):
+    """The model, on its device, with its first random weights. -> SASRec"""
+    content = None
+    if args.content:
+        parts = []
+        for modality in args.content.split(","):
+            codes = run.load(f"{modality}_codes.pt", f"the script of {modality}_codes.pt")
+            parts.append(codes["embeddings"])                           # (N+1, d) of this modality
+        content = torch.cat(parts, 1).to(args.device)                   # (N+1, d) of all
+
+    kind = PostNormSASRec if args.post_norm else SASRec
+    N = len(data["item_ids"]) - 1
+    model = kind(N, args.length, args.width, args.heads, args.layers, args.dropout, content)
+    model.apply(initialise)
+    print(f"{args.name}: {parameters(model):,} parameters; "
+          f"a uniform guess has loss {math.log(N):.3f}")
+    return model.to(args.device)
+
+
+def parameters(model):
+    """How many numbers are trained. -> int"""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def checkpoint_of(run, args):
+    return run.folder / f"{args.name}.checkpoint"
+
+
+def train(model, run, data, args):
+    """Epochs until validation has not improved for --patience of them. -> state, with the best one
+
+    state: losses and ndcg of each epoch, step, seconds, best (weights by name).
+    """
+    validation_users = torch.randperm(len(data["user_ids"]))[:VALIDATION_USERS]  # (n,)
+    replica = model
+    if args.world > 1:
+        replica = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    checkpoint = checkpoint_of(run, args).name
+    state = resume(run, checkpoint, args, model=model, optimizer=optimizer)
+    began = time.time() - state["seconds"]
+
+    for epoch in range(len(state["losses"]), args.epochs):
+        best = max(state["ndcg"], default=0)
+        if epoch and epoch - 1 - state["ndcg"].index(best) >= args.patience:
+            break
+        loss = train_epoch(model, replica, optimizer, state, epoch, data, args)
+        if args.max_steps:
+            break
+        ndcg = validate(model, data, validation_users, args)
+        if ndcg >= best:  # [6]
+            weights = model.state_dict().items()
+            state["best"] = {name: weight.cpu().clone() for name, weight in weights}
+        state["losses"].append(loss)
+        state["ndcg"].append(ndcg)
+        state["seconds"] = time.time() - began
+        if epoch % 10 == 0:
+            print(f"epoch {epoch:3d}  loss {loss:.3f}  validation NDCG@10 {ndcg:.4f}  "
+                  f"{state['seconds']:.0f} s")
+        run.save({**state, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                  "options": vars(args)}, checkpoint)
+
+    if not args.max_steps:
+        best = max(state["ndcg"])
+        print(f"{len(state['ndcg'])} epochs, {state['seconds']:.0f} s; the best is epoch "
+              f"{state['ndcg'].index(best)}: validation NDCG@10 {best:.4f}")
+    return state
+
+
+def train_epoch(model, replica, optimizer, state, epoch, data, args):
+    """One pass over the training events. replica: the model, as several processes train it.
+
+    -> mean loss, nats a target
+    """
+    torch.manual_seed(1000 * args.seed + epoch)  # the same batches in all processes
+    start, length = training_windows(data["offsets"], args.length)      # (W,) both
+    batches = equal_length_batches(length, args.batch * args.world)
+    if args.rank > 0:  # but dropout of its own in each
+        torch.manual_seed(torch.initial_seed() + (args.rank << 48))
+    counts = data["train_counts"].to(args.device)                       # (N+1,)
+    log_q = None
+    if len(counts) - 1 > SAMPLED_FROM:
+        log_q = (counts / counts.sum()).log()                           # (N+1,)
+
+    model.train()
+    total, targets = 0.0, 0
+    todo = batches[:args.max_steps or None]
+    shown = f"epoch {epoch}, best NDCG@10 {max(state['ndcg'], default=0):.4f}"
+    began = time.time()
+    for batch in tqdm(todo, shown, leave=False, disable=args.rank > 0 or None):
+        place = torch.arange(int(length[batch[0]]) + 1)                 # (T+1,)
+        share = batch[args.rank::args.world]                            # (B,) of this process
+        events = data["events"][start[share, None] + place]             # (B, T+1)
+        events = events.long().to(args.device)                          # (B, T+1)
+        state["step"] += 1
+        lr = args.lr * min(1, state["step"] / WARM_UP)
+        total += train_step(model, replica, optimizer, lr, events, log_q, args)
+        targets += len(batch) * (len(place) - 1)
+        if not math.isfinite(total):
+            fail(f"step {state['step']}: the loss is no number, lower --lr; whole epochs are in "
+                 f"{args.name}.checkpoint.")
+
+    if args.max_steps:
+        hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
+        print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
+    total = add_up(torch.tensor(total, device=args.device)).item()
+    return total / max(1, targets)
+
+
+def train_step(model, replica, optimizer, lr, events, log_q, args):
+    """One step of Adam. events: (B, T+1), each of them but the first is a target.
+
+    log_q: (N+1,) for the sampled softmax, else None -> this process's loss, summed over targets
+    """
+    hidden = replica(events[:, :-1]).flatten(0, 1)                      # (n, E), n = B * T
+    target = events[:, 1:].flatten()                                    # (n,)
+    vectors = model.vectors()                                           # (N+1, E)
+    # Most of the work are the products of `hidden` with all items: they may be bfloat16.
+    with torch.autocast(events.device.type, torch.bfloat16, enabled=args.bf16):
+        if args.loss == "bce":
+            loss = binary_cross_entropy(hidden, vectors, target)        # ()
+        elif log_q is None:
+            loss = cross_entropy(hidden, vectors, target)               # ()
+        else:
+            loss = sampled_cross_entropy(hidden, vectors, target, log_q)  # ()
+
+    # Divided by --batch, not by n: a target weighs the same in a batch that its length left small.
+    (loss / args.batch).backward()
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def validate(model, data, users, args):
+    """NDCG@10 on the validation events of some users, shared among the processes. -> float"""
+    share = users[args.rank::args.world]                                # (n,)
+    N = len(data["item_ids"]) - 1
+    top, _ = recommend(model, data, "valid", share, args.length, min(10, N))  # (n, 10)
+    target = data["events"][data["offsets"][1 + share] - 2]             # (n,)
+    hit = top == target.unsqueeze(1)                                    # (n, 10)
+    # The item at place 0 counts 1 / log2(2), at place 1 1 / log2(3), ..
+    discount = torch.log2(2.0 + torch.arange(top.shape[1]))             # (10,)
+    gain = (hit / discount).sum()                                       # ()
+    return add_up(gain.to(args.device)).item() / len(users)
+
+
+def write_recommendations(model, state, run, data, args):
+    """The best items for every user's test event and validation event."""
+    everyone = torch.arange(len(data["user_ids"]))                      # (U,)
+    top = min(args.top, len(data["item_ids"]) - 1)
+    began = time.time()
+    test, scores = recommend(model, data, "test", everyone, args.length, top)  # (U, top) both
+    seconds = {"train": state["seconds"], "predict": time.time() - began}
+    valid, _ = recommend(model, data, "valid", everyone, args.length, top)  # (U, top)
+    run.save({
+        "name": args.name,
+        "seed": args.seed,
+        "valid": valid,
+        "test": test,
+        "scores": scores,
+        "seconds": seconds,
+        "parameters": parameters(model),
+        "bytes": 4 * parameters(model),
+        "peak_memory": peak_memory(args.device),
+        "options": vars(args),
+    }, f"predictions-{args.name}-s{args.seed}.pt")
+
+
+def write_codes(model, state, run, data, args):
+    """The item embeddings, and the collaborative codes that are cut from them."""
+    counts = data["train_counts"]                                       # (N+1,)
+    known = counts > 0                                                  # (N+1,)
+    items = model.vectors().detach().cpu()                              # (N+1, E)
+    embeddings = (items - items[known].mean(0)) / items[known].std()    # (N+1, E)
+    embeddings[~known] = 0
+    items[0] = 0  # the padding was never trained and never is an item
+
+    rng = torch.Generator().manual_seed(args.seed)
+    K = codebook_size(len(counts) - 1)
+    codebooks = residual_kmeans(embeddings[known], K, rng)              # (3, K, E)
     codes, moved = finish_codes(embeddings, known, codebooks, counts, rng)  # (N+1, L)
-    save({"weights": state["best"], "item_embeddings": items, "losses": torch.tensor(losses),
-          "ndcg": torch.tensor(ndcg), "seconds": state["seconds"], "options": vars(args)},
-         run / f"{args.name}.pt")
-    save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
-          "moved": moved}, run / f"{args.name.replace('sasrec', 'collab')}_codes.pt")
-    args.rank or checkpoint.unlink(missing_ok=True)
+    run.save({
+        "weights": state["best"],
+        "item_embeddings": items,
+        "losses": torch.tensor(state["losses"]),                        # (epochs,)
+        "ndcg": torch.tensor(state["ndcg"]),                            # (epochs,)
+        "seconds": state["seconds"],
+        "options": vars(args),
+    }, f"{args.name}.pt")
+    run.save({
+        "codes": codes,
+        "codebooks": codebooks,
+        "embeddings": embeddings,
+        "known": known,
+        "moved": moved,
+    }, f"{args.name.replace('sasrec', 'collab')}_codes.pt")
+
+
+# --- Files, stopped runs, several processes (the same text in every script that has it) ----------
+# Nothing below belongs to the method.
+
+
+def fail(message):
+    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def start(main):
+    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    if sys.version_info < (3, 11):
+        fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped: the same command goes on with what is written already.")
+    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
+
+
+class Run:
+    """The folder of one experiment: here the scripts meet, and nowhere else.
+
+    It remembers the SHA-256 of every file that this script has read. Whatever the script saves
+    carries them as `made_from`, so that codes of one shop never meet the events of another.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.made_from = {}  # name of a file -> its SHA-256
+        self.writes = True   # of several processes only the first one writes
+
+    def load(self, name, maker, mmap=False):
+        """Reads what the script `maker` wrote. -> dict of tensors, numbers, strings, lists, dicts
+
+        Ends the script where the file is missing, damaged, foreign, or made from other files than
+        those that were read before. mmap: tensors stay on the disk until they are used.
+        """
+        path = self.folder / name
+        try:
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
+            artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+            if maker == "01_data.py":
+                made_from = artifact["made_from"]  # KeyError: a foreign file of that name
+            else:
+                made_from = artifact.get("made_from", {})  # anybody may make codes, predictions
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except Exception as error:
+            fail(f"{path} is missing or damaged ({type(error).__name__}): "
+                 f"run {maker} with this --run.")
+        for other, then in made_from.items():
+            if self.made_from.get(other, then) != then:
+                fail(f"{path} was made from another {path.with_name(other)}: run {maker} again.")
+        self.made_from[name] = digest
+        return artifact
+
+    def save(self, artifact, name):
+        """Writes a dict of tensors, numbers, strings, lists and dicts as a .pt file."""
+        if self.writes:
+            with self.writing(name) as file:
+                torch.save({**artifact, "made_from": self.made_from}, file)
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        """Opens a file beside `name`, flushes it and renames it: nobody ever sees half a file."""
+        path = self.folder / name
+        partial = self.folder / f"{name}.partial"
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+            fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def resume(run, name, args, **parts):
+    """The state that a stopped run saved after its last whole epoch, or that of a new run.
+
+    parts (model, optimizer, ..) are restored in place. Every epoch draws its own random numbers,
+    so a run that goes on ends in the same bits as one that was never stopped.
+    """
+    path = run.folder / name
+    if args.fresh or args.max_steps or not path.exists():
+        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
+    state = run.load(name, "this script with --fresh")
+    del run.made_from[name]  # results are not made from a checkpoint
+
+    before = state["options"]
+    if before["world"] != args.world:
+        fail(f"{path} was begun by {before['world']} processes, not {args.world}: go on with as "
+             "many, or use --fresh.")
+    for option, now in vars(args).items():
+        free = option in ("run", "device", "rank", "world", "fresh", "bf16")
+        if not free and before.get(option) != now:
+            fail(f"{path} began with --{option.replace('_', '-')} {before.get(option)}, not {now}: "
+                 "go on so, or use --fresh.")
+    for part_name, part in parts.items():
+        part.load_state_dict(state[part_name])
+    return state
+
+
+def join(run):
+    """Meets the other processes that torchrun started. -> number of this one, number of all"""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    # At the end, in this order: wait, as gloo's threads still hand tensors back; then leave.
+    atexit.register(dist.destroy_process_group)
+    atexit.register(time.sleep, 0.5)
+    if torch.cuda.is_available():
+        local = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    rank = dist.get_rank()
+    if rank > 0:  # only the first process prints and writes
+        sys.stdout = open(os.devnull, "w")
+        run.writes = False
+    return rank, dist.get_world_size()
+
+
+def add_up(x):
+    """The sum of a tensor over all processes, in place. x: any shape -> the same tensor"""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def best_device():
+    """cuda, mps or another accelerator of this machine, else cpu. -> str"""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
+
+def peak_memory(device):
+    """Most memory in use so far: the GPU's if it computes, else this process's. -> bytes, or nan"""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if resource is None:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak  # macOS counts in bytes
+    return 1024 * peak  # Linux in KiB
+
 
 if __name__ == "__main__":
-    main()
+    start(main)
