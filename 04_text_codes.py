@@ -2,12 +2,17 @@
 
 The embedding comes through one of three doors: a built-in encoder (tf-idf, then a randomised SVD;
 nothing to download), a file of vectors that you made, or an OpenAI-compatible embeddings endpoint
-(Ollama, vLLM, llama.cpp, text-embeddings-inference). The codes are made like those of 02: r_0 =
-e_i; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l] (MSCGRec, arXiv 2602.03713).
+(Ollama, vLLM, llama.cpp, text-embeddings-inference). Vectors of a language model are whitened
+first. Then residual k-means cuts the vector e_i of item i, as in 02 (MSCGRec, arXiv 2602.03713):
+
+    r_0 = e_i;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;  r_l = r_{l-1} - C_l[c_l],  l = 1, 2, 3
 
     python 04_text_codes.py                            # after 01_data.py
     python 04_text_codes.py --embeddings vectors.npy   # (N, any width), a row for each item
     python 04_text_codes.py --embed-url http://localhost:11434/v1/embeddings
+
+letters  N items, L codes of an item in one modality, K values of a code, d width of a vector
+         that is cut into codes, n rows of anything
 
 reads   data.pt
 writes  text_codes.pt
@@ -20,236 +25,491 @@ writes  text_codes.pt
 
 On the toy shop: 1 second, 0.3 GiB (2 cores of an AMD EPYC).
 """
-import argparse, functools, hashlib, math, os, pathlib, re, sys, time, zipfile, zlib
+import argparse
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import re
+import sys
+import zipfile
+import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import requests
 import torch
 import torch.nn.functional as F
+from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 
 WIDTH = 64         # dimensions of the built-in embedding; with 256, k-means piles up short texts
 BUCKETS = 2 ** 20  # features are numbered by a hash: no vocabulary to keep
 SAMPLE = 20_000    # texts whose features and principal directions stand for all
 WHITENED = 128     # principal directions kept of a language model's vectors, at the most
-RETRIES = 50       # failed requests that one run forgives an endpoint, at most four in a row
 
-# --- Files ---------------------------------------------------------------------------------------
-MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-def fail(message):
-    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
-    print(message, file=sys.stderr)
-    sys.exit(2)
 
-def load(path, maker, mmap=False):
-    """Reads what `maker` wrote. Refuses a damaged or foreign file, and one of other inputs."""
-    try:
-        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
-        artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-        for name, digest in artifact.get("made_from", None if maker[:3] == "01_" else {}).items():
-            if MADE_FROM.get(name, digest) != digest:
-                fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
-        MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-        return artifact
-    except Exception as error:
-        fail(f"{path} is missing or damaged ({type(error).__name__}): run {maker} with this --run.")
+# --- Door one: the built-in encoder, features and their weights ----------------------------------
+# A text becomes a long row, mostly zeros: a weight for each feature that stands in the text.
+# Features are words, pairs of neighbouring words, and the groups of letters within a word.
 
-def save(artifact, path):
-    """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(artifact | {"made_from": MADE_FROM}, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
-        partial.unlink(missing_ok=True)
-        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
-# --- Three doors to an embedding -----------------------------------------------------------------
+def bucket(feature):
+    """The column of a feature: a hash of its letters, the same in every process. str -> int"""
+    return zlib.crc32(feature.encode()) % BUCKETS
+
+
 @functools.lru_cache(maxsize=100_000)
-def letters(word):
-    """Feature numbers of a word and its letter n-grams, n = 3..5: `stripe` is near `striped`."""
+def features_of_word(word):
+    """The word and its letter n-grams, n = 3, 4, 5: they make `stripe` near `striped`.
+
+    cat -> <ca <cat <cat> at> cat cat>, where < and > mark the ends of a word -> list of columns
+    """
     marked = f"<{word}>"
-    grams = {marked[i:i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)}
+    features = {word}
+    for n in (3, 4, 5):
+        for begin in range(len(marked) - n + 1):
+            features.add(marked[begin:begin + n])
     # Sorted: Python's sets of strings change their order with every start, and sums with it.
-    return [zlib.crc32(gram.encode()) % BUCKETS for gram in sorted({word, *grams})]
+    return [bucket(feature) for feature in sorted(features)]
+
+
+def count_features(text):
+    """How often each feature stands in a text. -> Counter {column: times}"""
+    words = re.findall(r"\w+", text.lower())
+    counts = Counter()
+    for word, next_word in zip(words, words[1:]):
+        counts[bucket(f"{word} {next_word}")] += 1
+    for word in words:
+        counts.update(features_of_word(word))
+    return counts
+
+
+def inverse_document_frequency(column, n):
+    """How much a feature tells: log((1 + n) / (1 + df)) + 1, where df of the n texts have it.
+
+    column: (entries,), each text's features once -> (BUCKETS,), 0 for a feature that is left out
+    """
+    df = column.bincount(minlength=BUCKETS)                     # (BUCKETS,)
+    idf = ((1 + n) / (1 + df)).log() + 1                        # (BUCKETS,)
+
+    # What only one text has makes no two alike, and is most of all features: left out.
+    least = 2
+    if df.max() < 2:  # nothing is shared: all stays
+        least = 1
+    return idf * (df >= least)                                  # (BUCKETS,)
+
 
 def tf_idf(texts, idf=None):
-    """Sublinear tf-idf, rows of unit length: (1 + log tf) * (log((1 + n) / (1 + df)) + 1).
-    Features: words, pairs of neighbours, letter n-grams; those with idf > 0 are columns.
-    n strings -> sparse (n, features), idf (BUCKETS,): of these texts if none is given"""
-    row, column, tf = [], [], []
-    for i, text in enumerate(texts):
-        words = re.findall(r"\w+", text.lower())
-        pairs = [zlib.crc32(" ".join(p).encode()) % BUCKETS for p in zip(words, words[1:])]
-        counts = Counter(pairs + [feature for word in words for feature in letters(word)])
-        row.append(np.full(len(counts), i))
-        column.append(np.fromiter(counts.keys(), np.int64, len(counts)))
-        tf.append(np.fromiter(counts.values(), np.float32, len(counts)))
-    row, column, tf = (torch.from_numpy(np.concatenate(part)) for part in (row, column, tf))
-    if idf is None:
-        df = column.bincount(minlength=BUCKETS)  # (BUCKETS,)
-        # What only one text has makes no two alike, and is most of all features: left out.
-        idf = (((1 + len(texts)) / (1 + df)).log() + 1) * (df > min(1, df.max() - 1))
-    row, column, tf = (part[idf[column] > 0] for part in (row, column, tf))  # (entries,) each
-    weight = (1 + tf.log()) * idf[column]  # (entries,)
-    norm = torch.zeros(len(texts)).index_add_(0, row, weight.square()).sqrt()  # (n,)
-    number = (idf > 0).cumsum(0) - 1  # (BUCKETS,): the column of a feature
-    return torch.sparse_coo_tensor(torch.stack([row, number[column]]), weight / norm[row],
-                                   (len(texts), number[-1] + 1), check_invariants=True), idf
+    """Sublinear tf-idf (Manning et al. 2008, section 6.4.1), rows of unit length.
 
-def built_in(texts):
-    """Latent semantic analysis: the tf-idf rows in their d principal directions. -> (n, d)"""
-    sample = [texts[i] for i in torch.randperm(len(texts))[:SAMPLE]]
-    matrix, idf = tf_idf(sample)  # (sample, features)
-    V = torch.randn(matrix.shape[1], min(WIDTH, *matrix.shape))  # (features, d)
-    for _ in range(5):  # randomised SVD: powers of M M^T turn any basis to the principal one
-        basis = torch.linalg.qr(matrix @ V).Q  # (sample, d): orthogonal where that is cheaper
-        V = matrix.T @ basis  # (features, d)
-    V = torch.linalg.qr(V).Q  # (features, d)
-    parts = tqdm(range(0, len(texts), 1000), "embedding texts", leave=False, disable=None)
-    return F.normalize(torch.cat([tf_idf(texts[i:i + 1000], idf)[0] @ V for i in parts]))
+        weight = (1 + log tf) * idf,  where tf is how often the text has the feature
+
+    texts: n strings, idf: (BUCKETS,) of other texts, or None: of these
+    -> sparse (n, features), one column for each feature whose idf is not 0; idf (BUCKETS,)
+    """
+    # A sparse matrix is three lists: an entry's row, its column, its value.
+    rows = []
+    columns = []
+    times = []
+    for number, text in enumerate(texts):
+        counts = count_features(text)
+        rows.append(np.full(len(counts), number))
+        columns.append(np.fromiter(counts.keys(), np.int64, len(counts)))
+        times.append(np.fromiter(counts.values(), np.float32, len(counts)))
+    row = torch.from_numpy(np.concatenate(rows))                # (entries,)
+    column = torch.from_numpy(np.concatenate(columns))          # (entries,)
+    tf = torch.from_numpy(np.concatenate(times))                # (entries,)
+
+    if idf is None:
+        idf = inverse_document_frequency(column, len(texts))    # (BUCKETS,)
+    stays = idf[column] > 0                                     # (entries,)
+    row = row[stays]                                            # (entries,)
+    column = column[stays]                                      # (entries,)
+    weight = (1 + tf[stays].log()) * idf[column]                # (entries,)
+
+    # Of unit length, a long description is not farther from the others than a short title.
+    norm = torch.zeros(len(texts))                              # (n,)
+    norm = norm.index_add_(0, row, weight.square()).sqrt()      # (n,)
+    value = weight / norm[row]                                  # (entries,)
+
+    # The features that stay are numbered anew, without gaps.
+    number = (idf > 0).cumsum(0) - 1                            # (BUCKETS,)
+    place = torch.stack([row, number[column]])                  # (2, entries)
+    features = number[-1].item() + 1
+    size = (len(texts), features)
+    return torch.sparse_coo_tensor(place, value, size, check_invariants=True), idf
+
+
+# --- Door one: the built-in encoder, latent semantic analysis ------------------------------------
+# Two texts of one thing may share no word: one says `mug`, the other `cup`. But both words stand
+# beside `tea` and `glazed`. The singular value decomposition of the tf-idf matrix X
+# (texts, features) finds features that keep the same company:
+#
+#     X = sum_j s_j left_j right_j^T,   s_1 >= s_2 >= ... >= 0
+#
+# right_j (features,) is a direction: a list of weights, large for features that go together. All
+# are at right angles, and s_j^2 is how much of the rows' squared length lies along right_j. The
+# first d keep more of it than any other d directions could. A text's coordinates along them,
+# X right_1 .. X right_d, are its embedding, in which texts of mugs and of cups come to be near
+# (Deerwester et al. 1990).
+
+
+def principal_directions(matrix, d, rng):
+    """What right_1 .. right_d span, by a randomised SVD (Halko et al. 2011, algorithm 4.4).
+
+    An exact SVD of so large a matrix takes too long. But a product with X^T X is cheap, and since
+    (X^T X) right_j = s_j^2 right_j, p products stretch each part of any vector v by its own factor:
+
+        (X^T X)^p v = sum_j s_j^(2p) (right_j . v) right_j
+
+    A random v has a part along every right_j, and the first ones outgrow the others. So d random
+    vectors turn towards right_1 .. right_d: of a right_j whose s_j is half of s_d, five products
+    leave (1/2)^10, a thousandth. Where s_j is hardly below s_d, right_j would do as well.
+
+    matrix: sparse (n, features), the X above -> (features, d), columns of length 1 at right angles
+    """
+    directions = torch.randn(matrix.shape[1], d, generator=rng)     # (features, d)
+    for _ in range(5):
+        # Left alone, all d vectors would turn to right_1. QR sets them at right angles again and
+        # keeps what they span; here, between the products, as they are short: n < features.
+        basis = torch.linalg.qr(matrix @ directions).Q              # (n, d)
+        directions = matrix.T @ basis                               # (features, d)
+
+    # Which axes are used within the span does not matter: distances are the same, and k-means
+    # sees nothing else.
+    return torch.linalg.qr(directions).Q                            # (features, d)
+
+
+def built_in(texts, rng):
+    """Latent semantic analysis: each tf-idf row in its d principal directions. n texts -> (n, d)"""
+    order = torch.randperm(len(texts), generator=rng)               # (n,)
+    sample = [texts[i] for i in order[:SAMPLE]]
+    matrix, idf = tf_idf(sample)                                    # (sample, features)
+    features = matrix.shape[1]
+    d = min(WIDTH, len(sample), features)
+    directions = principal_directions(matrix, d, rng)               # (features, d)
+
+    kept = (matrix @ directions).norm() / matrix.norm()             # ()
+    print(f"built-in encoder: {features} features, {d} principal directions keep "
+          f"{kept.square():.0%} of the rows' squared length")
+
+    # A thousand rows at a time, as all of them would be large. Rows of unit length again: what
+    # counts is what a text speaks of, not how much of that is known here.
+    parts = []
+    for first in tqdm(range(0, len(texts), 1000), "embedding texts", leave=False, disable=None):
+        rows, _ = tf_idf(texts[first:first + 1000], idf)            # (1000, features)
+        parts.append(rows @ directions)                             # (1000, d)
+    return F.normalize(torch.cat(parts))                            # (n, d)
+
+
+# --- Door two: a file of vectors -----------------------------------------------------------------
+# Any encoder will do: whoever has vectors saves them, a row for each item, and this script cuts
+# them. A row of zeros says that nothing is known of that item.
+
 
 def from_file(path, N):
-    """Vectors that somebody else made, a row an item; zeros: nothing is known. -> (N, width)"""
+    """Reads a .npy or .pt file of numbers. -> (N, width)"""
     try:
-        x = torch.from_numpy(np.load(path, allow_pickle=False)) if path.suffix == ".npy" else \
-            torch.load(path, weights_only=True, map_location="cpu")
-        x = x.detach().to_dense().float() if torch.is_tensor(x) and not x.is_complex() else None
+        if path.suffix == ".npy":
+            x = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            x = torch.load(path, weights_only=True, map_location="cpu")
+        numbers = torch.is_tensor(x) and not x.is_complex()
+        if numbers:
+            x = x.detach().to_dense().float()
     except Exception as error:
         fail(f"--embeddings {path} cannot be read ({type(error).__name__}): give a .npy or .pt.")
-    if x is None or x.ndim != 2 or len(x) != N or not x.shape[1]:
+    if not numbers or x.ndim != 2 or len(x) != N or x.shape[1] == 0:
         fail(f"--embeddings {path} must be {N} rows of numbers, in data.pt's order: item_ids[1:].")
+    return x                                                        # (N, width)
+
+
+# --- Door three: an embeddings endpoint ----------------------------------------------------------
+# A server, on this machine or elsewhere, runs a language model: texts go there, vectors come back.
+
+TIMEOUT = (10, 120)  # seconds to connect, seconds to wait for an answer
+ATTEMPTS = 5         # at one request, before the script gives up
+RETRIES = 50         # failed requests that one run forgives an endpoint, all together
+LONGEST_WAIT = 60    # seconds, whatever the endpoint asks for
+TRY_AGAIN = [429, *range(500, 600)]  # "too many requests", and the server's own errors
+
+
+class Patience(Retry):
+    """urllib3's rules of asking again, with an end to what Retry-After may ask for."""
+
+    def parse_retry_after(self, header):
+        try:
+            seconds = super().parse_retry_after(header)
+        except Exception:  # neither a whole number nor a date
+            seconds = 0
+        return min(seconds, LONGEST_WAIT)
+
+
+def patient_session(retries):
+    """A requests session that asks up to `retries` times more where the endpoint is busy or gone.
+
+    It waits as long as Retry-After says, else 0, 2, 4, then 8 seconds.
+    """
+    patience = Patience(
+        retries,
+        allowed_methods=["POST"],  # not by default: to post an order twice would do harm
+        status_forcelist=TRY_AGAIN,
+        raise_on_status=False,     # the last answer comes back, so that it can be shown
+        backoff_factor=1,
+    )
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(max_retries=patience))
+    session.mount("https://", HTTPAdapter(max_retries=patience))
+    return session
+
+
+def ask(url, question, retries):
+    """Posts one question, a dict. -> requests.Response; ends the script where none comes"""
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    headers = {"Authorization": f"Bearer {key}"}
+    try:
+        with patient_session(retries) as session:
+            reply = session.post(url, json=question, headers=headers, timeout=TIMEOUT)
+    except requests.RequestException as error:
+        # Retry watches how an answer begins. One that is cut off in its middle is asked for here.
+        cut_off = isinstance(error, requests.exceptions.ChunkedEncodingError)
+        if cut_off and retries > 0:
+            return ask(url, question, retries - 1)
+        fail(f"--embed-url {url} does not answer ({type(error).__name__}): is the server running, "
+             "and is the address complete?")
+    if not reply.ok:
+        says = " ".join(reply.text[:200].split())
+        fail(f"--embed-url {url} answers {reply.status_code} {says}: check the server, the "
+             "address, --embed-model and OPENAI_API_KEY.")
+    return reply
+
+
+def read_answer(reply, n):
+    """The vectors of {data: [{index, embedding}, ..]}, in any order. -> (n, width)
+
+    None where the answer is not n vectors of one width.
+    """
+    try:
+        vectors = {}
+        for row in reply.json()["data"]:
+            vectors[row["index"]] = row["embedding"]
+        x = torch.tensor([vectors[index] for index in range(n)]).float()  # (n, width)
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
+        return None
+    if len(vectors) != n or x.ndim != 2 or x.shape[1] == 0:
+        return None
     return x
 
+
 def from_endpoint(url, model, texts, batch):
-    """Asks an OpenAI-compatible endpoint: POST {model, input: [texts]}
-    -> {data: [{index, embedding}, ...]}, in any order. -> (n, width)"""
-    headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
-    vectors, failures = [], 0
-    for i in tqdm(range(0, len(texts), batch), "embedding texts", leave=False, disable=None):
-        ask = {"model": model, "input": texts[i:i + batch]}
-        for wait in (1, 2, 4, 8, 0):  # seconds; 0: give up
-            try:
-                reply = requests.post(url, json=ask, headers=headers, timeout=(10, 120))
-                if reply.ok:
-                    break
-                problem = f"{reply.status_code} {' '.join(reply.text[:200].split())}"
-                transient = reply.status_code == 429 or reply.status_code >= 500
-            except requests.RequestException as error:  # a ValueError: the address makes no sense
-                problem, transient = type(error).__name__, not isinstance(error, ValueError)
-            failures += 1
-            if not transient or not wait or failures > RETRIES:
-                fail(f"--embed-url {url} does not answer ({problem}): is the server running?")
-            time.sleep(wait)
-        try:
-            answer = {row["index"]: row["embedding"] for row in reply.json()["data"]}
-            x = torch.tensor([answer[j] for j in range(len(answer))]).float()  # (batch, width)
-        except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
-            x = torch.zeros(0)
-        if not x.numel() or x.shape != (len(ask["input"]), (vectors or [x])[0].shape[-1]):
+    """Asks an OpenAI-compatible endpoint: POST {model, input: [text, ..]}. n texts -> (n, width)"""
+    retries = RETRIES
+    parts = []
+    for first in tqdm(range(0, len(texts), batch), "embedding texts", leave=False, disable=None):
+        part = texts[first:first + batch]
+        question = {"model": model, "input": part}
+        reply = ask(url, question, min(ATTEMPTS - 1, retries))
+        retries -= len(reply.raw.retries.history)
+
+        x = read_answer(reply, len(part))                           # (batch, width)
+        parts.append(x)
+        if x is None or x.shape[1] != parts[0].shape[1]:
             fail(f"--embed-url {url} did not give a vector for each text: check --embed-model.")
-        vectors.append(x)
-    return torch.cat(vectors)
+    return torch.cat(parts)                                         # (n, width)
+
+
+# --- Whitening -----------------------------------------------------------------------------------
+# A language model's vectors lie in a narrow cone: a few directions hold most of the variance and
+# say little of the item. k-means goes by distances, so all three levels would cut those directions
+# again and again, and unlike items would share codes. Whitening (principal component analysis,
+# then division) gives each direction the same say. With the singular value decomposition of the
+# centred vectors, x_i - mean = sum_j s_j left_ij right_j, the variance along right_j is
+# s_j^2 / (n - 1), so that coordinate j of item i becomes
+#
+#     (x_i - mean) . right_j * sqrt(n - 1) / s_j
+
 
 def whiten(x):
-    """PCA to at most WHITENED directions, each of variance 1. A language model's vectors lie in a
-    narrow cone, a few directions holding most of the variance: k-means would cut those again and
-    again, and unlike items would share codes. (n, width) -> (n, d)"""
-    x = x / x.abs().max().clamp(min=1e-38)  # whose squares neither overflow nor vanish
-    _, S, V = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    keep = S[:WHITENED] > max(1e-4 * S[0], 1e-6 * x.norm())  # less is rounding
+    """Principal coordinates, each of variance 1, at most WHITENED of them. (n, width) -> (n, d)"""
+    x = x / x.abs().max().clamp(min=1e-38)  # (n, width): squares neither overflow nor vanish
+    centred = x - x.mean(0)                                         # (n, width)
+    _, singular, right = torch.linalg.svd(centred, full_matrices=False)
+    singular = singular[:WHITENED]                                  # (d,)
+    right = right[:WHITENED]                                        # (d, width)
+
+    # Directions of almost no variance are rounding errors: to blow them up would add noise.
+    least = max(1e-4 * singular[0], 1e-6 * x.norm())                # ()
+    keep = singular > least                                         # (d,)
     if not keep.any():  # one item, or all vectors equal
         return torch.zeros(len(x), 1)
-    return (x - x.mean(0)) @ V[:WHITENED][keep].T * (len(x) - 1) ** 0.5 / S[:WHITENED][keep]
+    coordinates = centred @ right[keep].T                           # (n, d)
+    return coordinates * (len(x) - 1) ** 0.5 / singular[keep]       # (n, d)
+
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
+# Three numbers instead of a vector: its nearest centroid, the centroid nearest to what that leaves,
+# and once more. A fourth number tells apart the items that share all three.
+
+
 def codebook_size(N):
     """K, our rule: the power of two nearest (in ratio) to sqrt(N), from 8 to 256, the paper's."""
-    return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
+    exponent = round(math.log2(max(N, 1)) / 2)
+    return 2 ** min(8, max(3, exponent))
+
 
 def nearest(x, codebook):
-    """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)"""
-    half_norm = codebook.square().sum(1) / 2  # (K,)
-    return torch.cat([torch.addmm(half_norm, part, codebook.T, alpha=-1).argmin(1)  # (part, K)
-                      for part in x.split(4096)])  # few enough rows to stay in the cache
+    """argmin_k ||x - C[k]||^2 for every row of x. x: (n, d), codebook: (K, d) -> (n,)"""
+    # ||x - C[k]||^2 = ||x||^2 - 2 x . C[k] + ||C[k]||^2, and the first term is the same for all k.
+    # So the nearest centroid has the least ||C[k]||^2 / 2 - x . C[k]: one product of matrices.
+    half_norm = codebook.square().sum(1) / 2                        # (K,)
+    codes = []
+    for part in x.split(4096):  # few enough rows to stay in the processor's cache
+        score = torch.addmm(half_norm, part, codebook.T, alpha=-1)  # (part, K)
+        codes.append(score.argmin(1))                               # (part,)
+    return torch.cat(codes)                                         # (n,)
+
 
 def kmeans(x, K, rng, steps=15):
-    """Lloyd's algorithm; a centroid without members restarts at the vector that is served worst.
-    1,024 vectors a centroid find it as well as more would. x: (n, d) -> codebook (K, d)"""
-    x = x[torch.randperm(max(len(x), K), generator=rng)[:1024 * K] % len(x)]  # (n, d)
-    codebook = x[:K]  # (K, d)
+    """Lloyd's algorithm: each vector goes to its nearest centroid, each centroid to their mean.
+
+    x: (n, d), rng: torch.Generator -> codebook (K, d)
+    """
+    # 1,024 vectors a centroid find it as well as more would. Fewer than K vectors are repeated.
+    order = torch.randperm(max(len(x), K), generator=rng)           # (max(n, K),)
+    x = x[order[:1024 * K] % len(x)]                                # (sample, d)
+
+    codebook = x[:K]                                                # (K, d)
     for _ in range(steps):
-        codes = nearest(x, codebook)  # (n,)
-        members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
-        sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)  [8]
+        codes = nearest(x, codebook)                                # (sample,)
+        members = torch.bincount(codes, minlength=K).unsqueeze(1)   # (K, 1)
+        sums = torch.zeros_like(codebook).index_add_(0, codes, x)   # (K, d)
+
+        # A centroid without members restarts at the vector that is served worst.  [8]
+        empty = (members[:, 0] == 0).nonzero()[:, 0]                # (empty,)
         if len(empty):
-            worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
-            sums[empty], members[empty] = x[worst], 1
-        codebook = sums / members  # (K, d)
+            error = (x - codebook[codes]).square().sum(1)           # (sample,)
+            worst = error.topk(len(empty)).indices                  # (empty,)
+            sums[empty] = x[worst]                                  # (empty, d)
+            members[empty] = 1                                      # (empty, 1)
+
+        codebook = sums / members                                   # (K, d)
     return codebook
 
+
 def residual_kmeans(x, K, rng):
-    """A codebook for x, one for what it leaves, one for what that leaves: (n, d) -> (3, K, d)"""
+    """A codebook for x, one for what it leaves, one for what that leaves. (n, d) -> (3, K, d)"""
     codebooks = []
     for _ in range(3):
-        codebooks.append(kmeans(x, K, rng))  # (K, d)
-        x = x - codebooks[-1][nearest(x, codebooks[-1])]  # (n, d)
-    return torch.stack(codebooks)  # (3, K, d)
+        codebook = kmeans(x, K, rng)                                # (K, d)
+        codebooks.append(codebook)
+        x = x - codebook[nearest(x, codebook)]                      # (n, d)
+    return torch.stack(codebooks)                                   # (3, K, d)
+
 
 def quantise(x, codebooks):
-    """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
-    x: (n, d), codebooks: (3, K, d) -> codes (n, 3), what they leave, r_3 (n, d)"""
-    codes, residual = [], x
+    """r_0 = x;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;  r_l = r_{l-1} - C_l[c_l],  l = 1, 2, 3.
+
+    x: (n, d), codebooks: (3, K, d) -> codes (n, 3), what they leave of x, r_3 (n, d)
+    """
+    codes = []
+    residual = x                                                    # (n, d)
     for codebook in codebooks:
-        codes.append(nearest(residual, codebook))  # (n,)
-        residual = residual - codebook[codes[-1]]  # (n, d)  [7]
-    return torch.stack(codes, 1), residual  # (n, 3), (n, d)
+        code = nearest(residual, codebook)                          # (n,)
+        codes.append(code)
+        residual = residual - codebook[code]                        # (n, d)  [7]
+    return torch.stack(codes, 1), residual                          # (n, 3), (n, d)
+
 
 def number_in_group(group, order):
-    """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
-    order = order[group[order].argsort(stable=True)]  # (n,)
-    _, size = group[order].unique_consecutive(return_counts=True)  # (groups,)
-    number = torch.empty_like(group)  # (n,)
-    number[order] = torch.arange(len(group)) - (size.cumsum(0) - size).repeat_interleave(size)
+    """Numbers the members of each group from 0: who comes first in `order` gets 0.
+
+    group: (n,) the group of each member, order: (n,) a permutation of the members -> (n,)
+    """
+    # Bring each group together, its members in the given order.
+    together = order[group[order].argsort(stable=True)]             # (n,)
+    _, size = group[together].unique_consecutive(return_counts=True)  # (groups,)
+
+    # A member's number is its place minus the place where its group begins:
+    #   group   a a a b c c
+    #   place   0 1 2 3 4 5
+    #   begin   0 0 0 3 4 4
+    #   number  0 1 2 0 0 1
+    place = torch.arange(len(group))                                # (n,)
+    begin = (size.cumsum(0) - size).repeat_interleave(size)         # (n,)
+    number = torch.empty_like(group)                                # (n,)
+    number[together] = place - begin                                # (n,)
     return number
 
+
 def finish_codes(embeddings, known, codebooks, train_counts, rng):
-    """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
-    An item without this modality gets a random place in the tree: it may still be a target.
-    Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
-    it, those with the largest residual walk down the tree anew, at each level into the nearest
-    branch with room (empty-leaf redistribution).
-    embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
+    """Three codes by meaning and a fourth against collisions: no two items share all four.
+
+    embeddings: (N+1, d); known: bool (N+1,), False where an item lacks this modality;
+    codebooks: (3, K, d); train_counts: (N+1,), events in training
+    -> codes int16 (N+1, L), row 0 = -1; how many items were moved to make room
+    """
     K = codebooks.shape[1]
-    codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
+    codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
+    # Without a vector an item gets a random place in the tree: it may still be a target.
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
+
+    # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
+    prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)           # (N+1,)
     prefix[0] = -1  # padding shares its place with nobody
-    # Of a full prefix those move that are served worst.  [10]
-    moved = number_in_group(prefix, residual.square().sum(1).argsort(stable=True)) >= K  # (N+1,)
-    size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
-            for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
-    for item in moved.nonzero()[:, 0].tolist():
-        residual, place = embeddings[item], 0  # (d,)
-        for l, C in enumerate(codebooks):  # the nearest branch that is not full
-            full = size[l].view(-1, K)[place] == K ** (3 - l)  # (K,)
-            k = (residual - C).square().sum(1).masked_fill(full, math.inf).argmin().item()
-            codes[item, l], residual, place = k, residual - C[k], place * K + k
-            size[l][place] += 1
-        prefix[item] = place
-    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)  [9]
-    codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
+
+    # Level 4 has room for K items. Of a fuller prefix those move that are served worst.  [10]
+    best_served = residual.square().sum(1).argsort(stable=True)     # (N+1,)
+    moved = number_in_group(prefix, best_served) >= K               # (N+1,)
+    redistribute(codes, prefix, moved, embeddings, codebooks)
+
+    # Items of one prefix are numbered, the most bought first, so that 0 is the likeliest.  [9]
+    most_bought = (-train_counts.long()).argsort(stable=True)       # (N+1,)
+    collision = number_in_group(prefix, most_bought)                # (N+1,)
+    codes = torch.cat([codes, collision.unsqueeze(1)], 1)           # (N+1, L)
     codes[0] = -1
-    alone = (prefix[known].unique(return_counts=True)[1] == 1).sum() / known.sum().clamp(1)  # ()
+
+    _, sharing = prefix[known].unique(return_counts=True)           # (prefixes,)
+    alone = (sharing == 1).sum() / known.sum().clamp(1)             # ()
     print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
     return codes.to(torch.int16), moved.sum().item()
 
-# -------------------------------------------------------------------------------------------------
-def main(argv=None):
+
+def redistribute(codes, prefix, moved, embeddings, codebooks):
+    """Empty-leaf redistribution: each item in `moved` walks down the tree once more, at each level
+    into the nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
+    """
+    # The tree of prefixes as one flat array of counts a level: entry p of behind[l] is the number
+    # of items behind the prefix p of l + 1 codes. The K branches of a node p are p K .. p K + K-1.
+    K = codebooks.shape[1]
+    stays = prefix[1:][~moved[1:]]                                  # (stays,)
+    behind = [torch.bincount(stays // (K * K), minlength=K),        # (K,)
+              torch.bincount(stays // K, minlength=K ** 2),         # (K^2,)
+              torch.bincount(stays, minlength=K ** 3)]              # (K^3,)
+
+    for item in moved.nonzero()[:, 0].tolist():
+        residual = embeddings[item]                                 # (d,)
+        node = 0  # the root
+        for l, codebook in enumerate(codebooks):
+            branches = behind[l][node * K:(node + 1) * K]           # (K,)
+            full = branches == K ** (3 - l)                         # (K,)
+            distance = (residual - codebook).square().sum(1)        # (K,)
+            k = distance.masked_fill(full, math.inf).argmin().item()
+            branches[k] += 1
+            codes[item, l] = k
+            residual = residual - codebook[k]                       # (d,)
+            node = node * K + k
+        prefix[item] = node
+
+
+# --- The script ----------------------------------------------------------------------------------
+# One of the doors gives each item its vector, residual k-means cuts the vectors into codes.
+
+
+def options(argv):
+    """The command line. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
@@ -261,45 +521,183 @@ def main(argv=None):
     add("--embed-model", default="nomic-embed-text", help="model that the endpoint is asked for")
     add("--embed-batch", type=int, default=64, help="texts in one request")
     args = parser.parse_args(argv)
-    if args.embed_batch < 1 or not 0 <= args.seed < 2 ** 32 or args.embeddings and args.embed_url:
-        fail("--embed-batch starts at 1, --seed at 0; give --embeddings or --embed-url, not both.")
-    run, rng = pathlib.Path(args.run), torch.Generator().manual_seed(args.seed)
-    torch.manual_seed(args.seed)
-    data = load(run / "data.pt", "01_data.py")
-    N = len(data["item_ids"]) - 1
-    texts = [". ".join(filter(None, [title, ", ".join(categories), text])) for title, categories,
-             text in zip(data["titles"], data["categories"], data["texts"])]  # N+1
-    known = torch.tensor([bool(re.search(r"\w", text)) for text in texts])  # (N+1,)
-    if args.embeddings:
-        x = F.pad(from_file(pathlib.Path(args.embeddings), N), (0, 0, 1, 0))  # (N+1, width)
-        known = (x != 0).any(1)  # (N+1,); true of NaN too, which is refused below
-    items = known.nonzero()[:, 0]  # (n,)
-    texts = [texts[i] for i in items]  # n
-    print(f"{len(items)} of {N} items are known, for example: {texts[:1]!r:.150}")
-    if not len(items):
-        x = torch.zeros(0, 1)  # (n, d)
-    elif args.embeddings:
-        x = x[items]  # (n, width)
-    elif args.embed_url:
-        x = from_endpoint(args.embed_url, args.embed_model, texts, args.embed_batch)  # (n, width)
+    if args.embed_batch < 1:
+        fail("--embed-batch starts at 1.")
+    if not 0 <= args.seed < 2 ** 32:
+        fail("--seed is a number from 0 to 4294967295.")
+    if args.embeddings and args.embed_url:
+        fail("Give --embeddings or --embed-url, not both.")
+    return args
+
+
+def main(argv=None):
+    """Each item's text or vector in, text_codes.pt out."""
+    args = options(argv)
+    run = Run(args.run)
+    data = run.load("data.pt", "01_data.py")
+
+    vectors, known = embed(data, args)                              # (n, d), (N+1,)
+    embeddings = standardise(vectors, known)                        # (N+1, d)
+
+    rng = torch.Generator().manual_seed(args.seed)
+    K = codebook_size(len(known) - 1)
+    if known.any():
+        codebooks = residual_kmeans(embeddings[known], K, rng)      # (3, K, d)
     else:
-        x = built_in(texts)  # (n, d)
-    bad = items[~x.isfinite().all(1)]  # (bad,)
+        codebooks = torch.zeros(3, K, 1)                            # (3, K, d)
+    codes, moved = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)
+
+    artifact = {
+        "codes": codes,                                             # (N+1, L)
+        "codebooks": codebooks,                                     # (3, K, d)
+        "embeddings": embeddings,                                   # (N+1, d)
+        "known": known,                                             # (N+1,)
+        "moved": moved,
+        "options": vars(args),
+    }
+    run.save(artifact, "text_codes.pt")
+
+
+def item_text(title, categories, description):
+    """What is known of an item as one text: `Red mug. Mugs, Kitchen. Made by hand.` -> str"""
+    parts = [title, ", ".join(categories), description]
+    return ". ".join(part for part in parts if part)
+
+
+def embed(data, args):
+    """Goes through the door that args names. -> vectors (n, d) of the known items, known (N+1,)"""
+    fields = zip(data["titles"], data["categories"], data["texts"])
+    texts = [item_text(*field) for field in fields]  # N+1 of them; that of item 0 is empty
+    N = len(texts) - 1
+
+    # An item is known by a vector that is not zero, or by a text that has a word.
+    if args.embeddings:
+        x = from_file(Path(args.embeddings), N)                     # (N, width)
+        known = F.pad((x != 0).any(1), (1, 0))                      # (N+1,)
+        x = x[known[1:]]                                            # (n, width)
+    else:
+        has_word = [bool(re.search(r"\w", text)) for text in texts]
+        known = torch.tensor(has_word)                              # (N+1,)
+    items = known.nonzero()[:, 0]                                   # (n,)
+    texts = [texts[item] for item in items]  # n of them
+
+    print(f"{len(items)} of {N} items are known")
+    if len(items) == 0:
+        return torch.zeros(0, 1), known
+    print(f"the first of them: {texts[0]!r:.150}")
+
+    if not args.embeddings and not args.embed_url:
+        rng = torch.Generator().manual_seed(args.seed)
+        return built_in(texts, rng), known
+    if args.embed_url:
+        x = from_endpoint(args.embed_url, args.embed_model, texts, args.embed_batch)
+
+    # One vector that holds NaN would make all of them NaN.
+    bad = items[~x.isfinite().all(1)]                               # (bad,)
     if len(bad):
-        fail(f"The vector of item {data['item_ids'][bad[0]]} holds NaN or infinity: make it again.")
-    if len(items) and (args.embeddings or args.embed_url):
-        x = whiten(x)  # (n, d)  [17]
+        item = data["item_ids"][bad[0]]
+        fail(f"The vector of item {item} holds NaN or infinity: make it again.")
+    x = whiten(x)                                                   # (n, d)  [17]
+    return x, known
 
-    x, K = x - x.mean(0), codebook_size(N)  # (n, d)
-    embeddings = torch.zeros(N + 1, x.shape[1])  # (N+1, d)
-    embeddings[items] = x / x.square().mean().sqrt().clamp(min=1e-6)  # one scale: codes stay
-    codebooks = residual_kmeans(embeddings[items], K, rng) if len(items) else torch.zeros(3, K, 1)
-    codes, moved = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, L)
-    save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
-          "moved": moved, "options": vars(args)}, run / "text_codes.pt")
 
-if __name__ == "__main__":
+def standardise(vectors, known):
+    """Mean 0 in each column, mean square 1 over all: a row for each item. (n, d) -> (N+1, d)
+
+    The codes stay what they were: centroids move and grow with the vectors. But the tokens of 05
+    start from the centroids, and what all items share would drown what tells them apart.
+    """
+    centred = vectors - vectors.mean(0)                             # (n, d)
+    scale = centred.square().mean().sqrt().clamp(min=1e-6)          # ()
+    embeddings = torch.zeros(len(known), centred.shape[1])          # (N+1, d)
+    embeddings[known] = centred / scale                             # (n, d)
+    return embeddings
+
+
+# --- Files, stopped runs, several processes (the same text in every script that has it) ----------
+# Nothing below belongs to the method.
+
+
+def fail(message):
+    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def start(main):
+    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    if sys.version_info < (3, 11):
+        fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
     try:
         main()
-    except (OSError, MemoryError, KeyboardInterrupt) as error:      # read-only, too large, Ctrl-C
-        fail(f"stopped ({type(error).__name__} {error}): the same command begins again.")
+    except KeyboardInterrupt:
+        fail("stopped: the same command goes on with what is written already.")
+    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
+
+
+class Run:
+    """The folder of one experiment: here the scripts meet, and nowhere else.
+
+    It remembers the SHA-256 of every file that this script has read. Whatever the script saves
+    carries them as `made_from`, so that codes of one shop never meet the events of another.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.made_from = {}  # name of a file -> its SHA-256
+        self.writes = True   # of several processes only the first one writes
+
+    def load(self, name, maker, mmap=False):
+        """Reads what the script `maker` wrote. -> dict of tensors, numbers, strings, lists, dicts
+
+        Ends the script where the file is missing, damaged, foreign, or made from other files than
+        those that were read before. mmap: tensors stay on the disk until they are used.
+        """
+        path = self.folder / name
+        try:
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
+            artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+            if maker == "01_data.py":
+                made_from = artifact["made_from"]  # KeyError: a foreign file of that name
+            else:
+                made_from = artifact.get("made_from", {})  # anybody may make codes, predictions
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except Exception as error:
+            fail(f"{path} is missing or damaged ({type(error).__name__}): "
+                 f"run {maker} with this --run.")
+        for other, then in made_from.items():
+            if self.made_from.get(other, then) != then:
+                fail(f"{path} was made from another {path.with_name(other)}: run {maker} again.")
+        self.made_from[name] = digest
+        return artifact
+
+    def save(self, artifact, name):
+        """Writes a dict of tensors, numbers, strings, lists and dicts as a .pt file."""
+        if self.writes:
+            with self.writing(name) as file:
+                torch.save({**artifact, "made_from": self.made_from}, file)
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        """Opens a file beside `name`, flushes it and renames it: nobody ever sees half a file."""
+        path = self.folder / name
+        partial = self.folder / f"{name}.partial"
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+            fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,11 +1,12 @@
-"""04_text_codes.py: tf-idf by hand, three doors to one result, codes that are the argmin chain and a bijection."""
-
+"""04_text_codes.py: tf-idf by hand, three doors to one result, and codes that are the argmin chain
+and a bijection."""
 import http.server
 import json
 import math
 import os
 import subprocess
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,176 +15,260 @@ from conftest import command, script
 
 text = script(4)
 
-COLOURS, THINGS = "red blue green amber".split(), "mug lamp chair bowl vase tray".split()
+COLOURS = "red blue green amber".split()
+THINGS = "mug lamp chair bowl vase tray".split()
+TITLES = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]  # 24
 
 
-def write_run(run, titles=None, counts=None):
+# --- A run folder, and what holds of every result ------------------------------------------------
+
+
+def write_run(run, titles=TITLES, counts=None):
     """A run folder as 01_data.py leaves it: 24 short texts, or those given."""
-    titles = [f"{c} {t}" for c in COLOURS for t in THINGS] if titles is None else titles
     N = len(titles)
+    texts = []
+    for title in titles:
+        has_words = title[:1].isalpha()
+        texts.append(f"{title} by hand" if has_words else "")
+    if counts is None:
+        counts = torch.arange(N + 1, dtype=torch.int32)
+    data = {
+        "made_from": {},
+        "titles": ["", *titles],
+        "texts": ["", *texts],
+        "categories": [[], *[title.split()[-1:] for title in titles]],
+        "item_ids": ["", *[f"id{item}" for item in range(1, N + 1)]],
+        "train_counts": counts,
+    }
     run.mkdir(exist_ok=True)
-    torch.save({"made_from": {}, "titles": [""] + titles,
-                "texts": [""] + [f"{t} by hand" if t[:1].isalpha() else "" for t in titles],
-                "categories": [[]] + [t.split()[-1:] for t in titles],
-                "item_ids": [""] + [f"id{i}" for i in range(1, N + 1)],
-                "train_counts": torch.arange(N + 1, dtype=torch.int32) if counts is None else counts},
-               run / "data.pt")
+    torch.save(data, run / "data.pt")
     return run
+
+
+def load(run):
+    return torch.load(run / "text_codes.pt", weights_only=True)
 
 
 def codes_of(run, *options):
     text.main(["--run", str(run), *map(str, options)])
-    return torch.load(run / "text_codes.pt", weights_only=True)
+    return load(run)
 
 
 def refused(capsys, run, *options):
-    """The script ends with code 2 and one sentence, and has written nothing; returns the sentence."""
+    """The script ends with code 2 and one sentence, and writes nothing. -> the sentence"""
     with pytest.raises(SystemExit) as end:
         text.main(["--run", str(run), *map(str, options)])
     said = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and said and "\n" not in said
+    assert end.value.code == 2
+    assert said and "\n" not in said
     assert not list(run.glob("text_codes*"))
     return said
 
 
 def check(saved, N):
-    """What holds of every run: types, shapes, a bijection, and the argmin chain of all items that were not moved."""
-    codes, codebooks, embeddings, known = (saved[k] for k in ("codes", "codebooks", "embeddings", "known"))
+    """Types, shapes, a bijection, and the argmin chain of all items that were not moved."""
+    codes = saved["codes"]
+    codebooks = saved["codebooks"]
+    embeddings = saved["embeddings"]
+    known = saved["known"]
     K, d = codebooks.shape[1:]
-    assert codes.dtype == torch.int16 and codes.shape == (N + 1, 4) and codebooks.shape == (3, K, d) and d > 0
-    assert embeddings.shape == (N + 1, d) and known.dtype == torch.bool and known.shape == (N + 1,)
-    assert (codes[0] == -1).all() and codes[1:].min() >= 0 and codes.max() < K
-    assert len(codes[1:].unique(dim=0)) == N
-    assert not known[0] and not embeddings[~known].any()
+
+    assert codes.dtype == torch.int16 and codes.shape == (N + 1, 4)
+    assert codebooks.shape == (3, K, d) and d > 0
+    assert embeddings.shape == (N + 1, d)
+    assert known.dtype == torch.bool and known.shape == (N + 1,)
     assert embeddings.isfinite().all() and codebooks.isfinite().all()
-    agree, residual = known.clone(), embeddings
+    assert not known[0] and not embeddings[~known].any()
+
+    assert (codes[0] == -1).all()
+    assert codes[1:].min() >= 0 and codes.max() < K
+    assert len(codes[1:].unique(dim=0)) == N
+
+    agree = known.clone()                                                     # (N+1,)
+    residual = embeddings                                                     # (N+1, d)
     for level in range(3):
-        chosen = codes[:, level].long()
+        chosen = codes[:, level].long()                                       # (N+1,)
         distance = torch.cdist(residual.double(), codebooks[level].double())  # (N+1, K)
-        agree &= distance.gather(1, chosen.clamp(min=0).unsqueeze(1))[:, 0] <= distance.min(1).values + 1e-5
+        of_chosen = distance.gather(1, chosen.clamp(min=0).unsqueeze(1))[:, 0]
+        agree &= of_chosen <= distance.min(1).values + 1e-5
         residual = residual - codebooks[level, chosen]
     assert agree.sum() >= known.sum() - saved["moved"]
 
 
+# --- The built-in encoder ------------------------------------------------------------------------
+
+
+def test_tf_idf_of_four_documents_is_what_the_formula_says():
+    """cat has six features: <ca cat at> <cat cat> <cat>. What one text alone has is left out."""
+    x, idf = text.tf_idf(["cat cat", "Cat, dog!", "dog", "owl"])
+    expected = torch.zeros(4, 12)  # pairs of words and all of `owl` are in one text only
+    expected[0, :6] = 6 ** -0.5
+    expected[1] = 12 ** -0.5
+    expected[2, 6:] = 6 ** -0.5
+    x = x.to_dense()                                            # (4, 12)
+    cat_first = (-x[0]).argsort(stable=True)                    # (12,)
+    torch.testing.assert_close(x[:, cat_first], expected)
+
+    in_two_of_four = 1 + math.log(5 / 3)
+    assert sorted(idf[idf > 0].tolist()) == pytest.approx([in_two_of_four] * 12)
+
+
+def test_other_texts_get_the_same_columns_and_a_logarithm_of_tf():
+    _, idf = text.tf_idf(["cat cat", "Cat, dog!", "dog", "owl"])
+    x, _ = text.tf_idf(["dog dog cat", "emu"], idf)
+    x = x.to_dense()
+    assert x.shape == (2, 12) and not x[1].any()
+    twice = 1 + math.log(2)
+    ratio = (x[0] / x[0].min()).sort().values.tolist()
+    assert ratio == pytest.approx([1] * 6 + [twice] * 6)
+
+
+def test_where_no_feature_is_shared_all_stay():
+    alone, _ = text.tf_idf(["cat"])
+    assert alone.shape == (1, 6)
+
+
+def test_a_sample_stands_for_all_texts(monkeypatch):
+    """What some texts taught places the others: the same thing in other colours is the nearest."""
+    monkeypatch.setattr(text, "SAMPLE", 60)
+    materials = "clay steel oak tin glass pine".split()
+    texts = []
+    for i in range(10):
+        for thing, material in zip(THINGS, materials):
+            texts.append(f"{COLOURS[i % 4]} {thing} made of {material}")
+    x = text.built_in(texts * 2, torch.Generator().manual_seed(0))
+    assert x.shape == (120, 60) and torch.equal(x[:60], x[60:])
+    near = (x[:60] @ x[:60].T).fill_diagonal_(-1).argmax(1)     # (60,)
+    assert ((near - torch.arange(60)) % 6 == 0).all()
+
+
+def test_texts_of_the_same_words_are_near():
+    texts = ["striped mug of glass", "a mug of glass, stripes", "oak chair",
+             "striped mug of glass", "an oak chair", "linen cushion", "wool hat", "steel lamp"]
+    x = text.built_in(texts, torch.Generator().manual_seed(0))
+    near = x @ x.T                                              # (8, 8)
+    assert near[0, 3] == pytest.approx(1, abs=1e-4)
+    assert near[0, 1] > 0.5 and near[2, 4] > 0.5 and near[0, 2] < 0.2
+    # The cushion and the hat share nothing with any other text: they have no direction.
+    expected = torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 1])
+    torch.testing.assert_close(x.norm(dim=1), expected, atol=1e-4, rtol=0)
+
+
+def test_the_randomised_svd_finds_what_the_exact_one_finds():
+    """Six directions stand out of fifty: random vectors turn to what these six span."""
+    rng = torch.Generator().manual_seed(0)
+    dense = torch.randn(80, 50, generator=rng)                  # (80, 50)
+    dense[:, :6] *= torch.tensor([9, 8, 7, 6, 5, 4])            # (80, 6)
+    found = text.principal_directions(dense.to_sparse(), 6, rng)    # (50, 6)
+    torch.testing.assert_close(found.T @ found, torch.eye(6), atol=1e-5, rtol=0)
+
+    _, _, right = torch.linalg.svd(dense)                       # (50, 50)
+    cosines = torch.linalg.svdvals(right[:6] @ found)           # (6,), of angles between the spans
+    assert cosines.min() > 0.9999
+
+
+def test_built_in_codes_are_complete_and_standardised(tmp_path):
+    saved = codes_of(write_run(tmp_path / "run"))
+    check(saved, 24)
+    assert saved["known"].sum() == 24
+    assert saved["codebooks"].shape[1] == 8
+    assert saved["options"]["seed"] == 0 and saved["moved"] >= 0
+    embeddings = saved["embeddings"][1:]                        # (24, d)
+    zero = torch.zeros(embeddings.shape[1])
+    torch.testing.assert_close(embeddings.mean(0), zero, atol=1e-5, rtol=0)
+    assert embeddings.square().mean().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_seed_gives_the_same_file_in_every_process(tmp_path):
+    """Python orders sets of strings anew in every process: sums must not follow that order."""
+    run = write_run(tmp_path / "run")
+    here = codes_of(run)
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": threads}
+    subprocess.run(command(4, "--run", run), env=environment, check=True, capture_output=True)
+    there = load(run)
+    assert torch.equal(here["codes"], there["codes"])
+    assert torch.equal(here["embeddings"], there["embeddings"])
+
+
+# --- An endpoint ---------------------------------------------------------------------------------
+
+
 def vectors(texts, width=20):
-    """What a language model might answer: seeded by the text, in a narrow cone."""
-    rows = [np.random.default_rng(list(t.encode())).normal(0, 1, width) + 10 for t in texts]
+    """What a language model might answer: seeded by the text, in a narrow cone. -> (n, width)"""
+    rows = []
+    for each in texts:
+        rng = np.random.default_rng(list(each.encode()))
+        rows.append(rng.normal(0, 1, width) + 10)
     return np.array(rows, dtype=np.float32).reshape(len(texts), width)
 
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """An embeddings endpoint on this machine. `change(number, status, data)` may spoil an answer."""
+    """An embeddings endpoint on this machine.
+
+    `change(number, status, data)` may spoil an answer; `headers` are sent with it, and of the
+    requests that `cut_off` numbers, only half of the answer is.
+    """
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.asked.append({**ask, "key": self.headers["Authorization"]})
-            data = [{"object": "embedding", "index": i, "embedding": v.tolist()}
-                    for i, v in enumerate(vectors(ask["input"]))][::-1]  # out of order
-            status, data = server.change(len(server.asked), 200, data)
-            body = json.dumps({"object": "list", "model": ask["model"], "data": data}).encode()
+            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked.append({**question, "key": self.headers["Authorization"]})
+            number = len(server.asked)
+            data = []
+            for index, vector in enumerate(vectors(question["input"])):
+                data.append({"object": "embedding", "index": index, "embedding": vector.tolist()})
+            data.reverse()  # out of order
+            status, data = server.change(number, 200, data)
+            answer = {"object": "list", "model": question["model"], "data": data}
+            body = json.dumps(answer).encode()
+
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            for name, value in server.headers.items():
+                self.send_header(name, value)
             self.end_headers()
+            if number in server.cut_off:
+                body = body[:len(body) // 2]
             self.wfile.write(body)
 
         def log_message(self, *_):
             pass
 
-    monkeypatch.setattr(text.time, "sleep", lambda seconds: server.slept.append(seconds))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    server.slept = []
+    server.headers = {}
+    server.cut_off = ()
+    server.change = lambda number, status, data: (status, data)
+    server.url = f"http://127.0.0.1:{server.server_port}/v1/embeddings"
+    monkeypatch.setattr(time, "sleep", server.slept.append)  # urllib3 sleeps through this name
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.slept, server.change = [], [], lambda number, status, data: (status, data)
-    server.url = f"http://127.0.0.1:{server.server_port}/v1/embeddings"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def test_tf_idf_of_four_documents():
-    """A word of three letters has six features: <ca cat at> <cat cat> <cat>. What one text alone has is left out."""
-    x, idf = text.tf_idf(["cat cat", "Cat, dog!", "dog", "owl"])
-    twice, third = 1 + math.log(2), 1 + math.log(5 / 3)  # tf 2; idf of what two of four have
-    expected = torch.zeros(4, 12)  # the pairs of words and all of `owl` are in one text only
-    expected[0, :6], expected[1], expected[2, 6:] = 6 ** -0.5, 12 ** -0.5, 6 ** -0.5
-    cat_first = x.to_dense()[:, (-x.to_dense()[0]).argsort(stable=True)]  # (4, 12)
-    torch.testing.assert_close(cat_first, expected)
-    assert sorted(idf[idf > 0].tolist()) == pytest.approx([third] * 12)
-    again = text.tf_idf(["dog dog cat", "emu"], idf)[0].to_dense()  # (2, 12): the same columns, of other texts
-    assert again.shape == (2, 12) and not again[1].any()
-    assert (again[0] / again[0].min()).sort().values.tolist() == pytest.approx([1] * 6 + [twice] * 6)
-    alone, _ = text.tf_idf(["cat"])
-    assert alone.shape == (1, 6), "nothing is shared: all stays"
-
-
-def test_a_sample_stands_for_all_texts(monkeypatch):
-    """What a part of the texts has taught places the others: the same thing in other colours is the nearest."""
-    monkeypatch.setattr(text, "SAMPLE", 60)
-    torch.manual_seed(0)
-    texts = [f"{'red blue green amber'.split()[i % 4]} {t} made of {m}" for i in range(10)
-             for t, m in zip("mug lamp chair bowl vase tray".split(), "clay steel oak tin glass pine".split())] * 2
-    x = text.built_in(texts)
-    assert x.shape == (120, 60) and torch.equal(x[:60], x[60:])
-    near = (x[:60] @ x[:60].T).fill_diagonal_(-1).argmax(1)
-    assert ((near - torch.arange(60)) % 6 == 0).all()
-
-
-def test_texts_of_the_same_words_are_near():
-    torch.manual_seed(0)
-    x = text.built_in(["striped mug of glass", "a mug of glass, stripes", "oak chair", "striped mug of glass",
-                       "an oak chair", "linen cushion", "wool hat", "steel lamp"])
-    near = x @ x.T
-    assert near[0, 3] == pytest.approx(1, abs=1e-4)
-    assert near[0, 1] > 0.5 and near[2, 4] > 0.5 and near[0, 2] < 0.2
-    # The cushion and the hat share nothing with any other text: they have no direction.
-    torch.testing.assert_close(x.norm(dim=1), torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 1]), atol=1e-4, rtol=0)
-
-
-def test_whitening_gives_unit_variance_to_every_direction():
-    x = torch.randn(300, 160, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 1, 160) + 100
-    white = text.whiten(x)
-    assert 50 < white.shape[1] <= text.WHITENED
-    covariance = white.T @ white / 299
-    torch.testing.assert_close(covariance, torch.eye(len(covariance)), atol=1e-2, rtol=0)
-
-
-def test_built_in_codes(tmp_path):
-    saved = codes_of(write_run(tmp_path / "run"))
-    check(saved, 24)
-    assert saved["known"].sum() == 24 and saved["codebooks"].shape[1] == 8
-    assert saved["options"]["seed"] == 0 and saved["moved"] >= 0
-    torch.testing.assert_close(saved["embeddings"][1:].mean(0), torch.zeros(saved["embeddings"].shape[1]),
-                               atol=1e-5, rtol=0)
-    assert saved["embeddings"][1:].square().mean().item() == pytest.approx(1, rel=1e-4)
-
-
-def test_a_seed_gives_the_same_file_in_every_process(tmp_path):
-    """Python orders sets of strings anew in every process: sums must not follow that order."""
-    here = codes_of(write_run(tmp_path / "run"))
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run(command(4, "--run", tmp_path / "run"), env=environment, check=True,
-                   capture_output=True)
-    there = torch.load(tmp_path / "run" / "text_codes.pt", weights_only=True)
-    assert torch.equal(here["codes"], there["codes"]) and torch.equal(here["embeddings"], there["embeddings"])
-
-
 def test_three_doors_lead_to_one_result(tmp_path, endpoint, monkeypatch):
-    titles = [f"{c} {t}" for c in COLOURS for t in THINGS]
+    titles = list(TITLES)
     titles[4] = ""  # nothing is known of item 5
     run = write_run(tmp_path / "run", titles)
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     endpoint.change = lambda number, status, data: (503 if number == 2 else 200, data)
     asked = codes_of(run, "--embed-url", endpoint.url, "--embed-model", "tiny", "--embed-batch", 10)
     check(asked, 24)
-    assert [len(a["input"]) for a in endpoint.asked] == [10, 10, 10, 3] and endpoint.slept == [1]
-    assert {(a["model"], a["key"]) for a in endpoint.asked} == {("tiny", "Bearer sesame")}
+    assert [len(each["input"]) for each in endpoint.asked] == [10, 10, 10, 3]
+    assert endpoint.slept == []  # the first time at once
+    assert {each["model"] for each in endpoint.asked} == {"tiny"}
+    assert {each["key"] for each in endpoint.asked} == {"Bearer sesame"}
     assert endpoint.asked[0]["input"][0] == "red mug. mug. red mug by hand"
     assert asked["known"].tolist() == [False] + [i != 4 for i in range(24)]
 
-    x = vectors([t for a in (0, 1, 3) for t in endpoint.asked[a]["input"]])
-    x = np.insert(x, 4, 0, axis=0)  # (24, 20): a row of zeros where nothing is known
+    answered = [endpoint.asked[i]["input"] for i in (0, 1, 3)]
+    x = np.concatenate([vectors(texts) for texts in answered])  # (23, 20)
+    x = np.insert(x, 4, 0, axis=0)                              # (24, 20): zeros, nothing is known
     np.save(tmp_path / "x.npy", x)
     torch.save(torch.nn.Parameter(torch.tensor(x)), tmp_path / "x.pt")
     for name in ("x.npy", "x.pt"):
@@ -194,38 +279,94 @@ def test_three_doors_lead_to_one_result(tmp_path, endpoint, monkeypatch):
 
 
 def spoil(**keys):
+    """A change of an answer: each row says this instead."""
     return lambda number, status, data: (status, [{**row, **keys} for row in data])
 
 
+def lose_a_row(number, status, data):
+    return status, data[1:]
+
+
+def add_a_row(number, status, data):
+    return status, data + [{**data[0], "index": 24}]
+
+
+def lose_all_rows(number, status, data):
+    return status, None
+
+
+def mix_widths(number, status, data):
+    for row in data:
+        row["embedding"] = [0.0] * (1 + row["index"] % 2)
+    return status, data
+
+
+NO_VECTORS = "a vector for each text"
+
+
 @pytest.mark.parametrize("change, says", [
-    (lambda number, status, data: (status, data[1:]), "a vector for each text"),
-    (lambda number, status, data: (status, data + [{**data[0], "index": 24}]), "a vector for each text"),
-    (spoil(index=0), "a vector for each text"),
-    (spoil(embedding=[10 ** 400]), "a vector for each text"),
-    (spoil(embedding=[]), "a vector for each text"),
-    (spoil(embedding=[[1.0, 2.0]]), "a vector for each text"),
-    (spoil(embedding="AAAA"), "a vector for each text"),
-    (lambda number, status, data: (status, [{**row, "embedding": [0.0] * (1 + row["index"] % 2)} for row in data]),
-     "a vector for each text"),
-    (lambda number, status, data: (status, None), "a vector for each text"),
-    (spoil(embedding=[1.0, float("nan")]), "NaN")])
-def test_an_endpoint_that_answers_nonsense(tmp_path, endpoint, capsys, change, says):
+    (lose_a_row, NO_VECTORS),
+    (add_a_row, NO_VECTORS),
+    (lose_all_rows, NO_VECTORS),
+    (mix_widths, NO_VECTORS),
+    (spoil(index=0), NO_VECTORS),
+    (spoil(embedding=[10 ** 400]), NO_VECTORS),
+    (spoil(embedding=[]), NO_VECTORS),
+    (spoil(embedding=[[1.0, 2.0]]), NO_VECTORS),
+    (spoil(embedding="AAAA"), NO_VECTORS),
+    (spoil(embedding=[1.0, float("nan")]), "NaN"),
+])
+def test_an_endpoint_of_nonsense_is_not_asked_again(tmp_path, endpoint, capsys, change, says):
     endpoint.change = change
-    assert says in refused(capsys, write_run(tmp_path / "run"), "--embed-url", endpoint.url)
-    assert len(endpoint.asked) == 1, "to ask again would not help"
+    said = refused(capsys, write_run(tmp_path / "run"), "--embed-url", endpoint.url)
+    assert says in said
+    assert len(endpoint.asked) == 1
 
 
-def test_widths_that_change_between_requests(tmp_path, endpoint, capsys):
-    endpoint.change = lambda number, status, data: (status, [{**row, "embedding": [1.0] * number} for row in data])
-    said = refused(capsys, write_run(tmp_path / "run"), "--embed-url", endpoint.url, "--embed-batch", 8)
-    assert "a vector for each text" in said and len(endpoint.asked) == 2
+def test_widths_that_change_between_requests_are_refused(tmp_path, endpoint, capsys):
+    def change(number, status, data):
+        return status, [{**row, "embedding": [1.0] * number} for row in data]
+
+    endpoint.change = change
+    run = write_run(tmp_path / "run")
+    said = refused(capsys, run, "--embed-url", endpoint.url, "--embed-batch", 8)
+    assert NO_VECTORS in said
+    assert len(endpoint.asked) == 2
 
 
 @pytest.mark.parametrize("status, requests", [(500, 5), (429, 5), (401, 1), (404, 1)])
-def test_an_endpoint_that_fails(tmp_path, endpoint, capsys, status, requests):
+def test_a_failing_endpoint_is_given_up_by_its_status(tmp_path, endpoint, capsys, status, requests):
     endpoint.change = lambda number, _, data: (status, data)
     said = refused(capsys, write_run(tmp_path / "run"), "--embed-url", endpoint.url)
-    assert str(status) in said and len(endpoint.asked) == requests
+    assert str(status) in said and "check" in said
+    assert len(endpoint.asked) == requests
+    assert endpoint.slept == [2, 4, 8][:requests - 1]
+
+
+@pytest.mark.parametrize("header, slept", [("7", [7]), ("3600", [60]), ("1.5", [])])
+def test_retry_after_is_respected_up_to_a_minute(tmp_path, endpoint, header, slept):
+    endpoint.headers = {"Retry-After": header}
+    endpoint.change = lambda number, _, data: (429 if number == 1 else 200, data)
+    check(codes_of(write_run(tmp_path / "run"), "--embed-url", endpoint.url), 24)
+    assert len(endpoint.asked) == 2
+    assert endpoint.slept == slept
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_again(tmp_path, endpoint):
+    run = write_run(tmp_path / "run")
+    whole = codes_of(run, "--embed-url", endpoint.url)
+    endpoint.asked.clear()
+    endpoint.cut_off = (1, 2)
+    again = codes_of(run, "--embed-url", endpoint.url)
+    assert len(endpoint.asked) == 3
+    assert torch.equal(again["codes"], whole["codes"])
+
+
+def test_an_endpoint_that_cuts_all_answers_off_is_given_up(tmp_path, endpoint, capsys):
+    endpoint.cut_off = range(100)
+    said = refused(capsys, write_run(tmp_path / "run"), "--embed-url", endpoint.url)
+    assert "ChunkedEncodingError" in said
+    assert len(endpoint.asked) == 5
 
 
 def test_all_retries_together_are_bounded(tmp_path, endpoint, capsys, monkeypatch):
@@ -233,55 +374,95 @@ def test_all_retries_together_are_bounded(tmp_path, endpoint, capsys, monkeypatc
     monkeypatch.setattr(text, "RETRIES", 3)
     endpoint.change = lambda number, status, data: (500 if number % 2 else 200, data)
     refused(capsys, write_run(tmp_path / "run"), "--embed-url", endpoint.url, "--embed-batch", 1)
-    assert len(endpoint.asked) == 7 and endpoint.slept == [1, 1, 1]
+    assert len(endpoint.asked) == 7
 
 
-@pytest.mark.parametrize("url, says", [("localhost/v1/embeddings", "MissingSchema"),
-                                       ("http://127.0.0.1:9/v1", "ConnectionError")])
-def test_no_endpoint_there(tmp_path, capsys, monkeypatch, url, says):
-    monkeypatch.setattr(text.time, "sleep", lambda seconds: None)
+@pytest.mark.parametrize("url, says", [
+    ("localhost/v1/embeddings", "MissingSchema"),
+    ("http://127.0.0.1:9/v1", "ConnectionError"),
+])
+def test_no_endpoint_there_is_one_sentence(tmp_path, capsys, monkeypatch, url, says):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     assert says in refused(capsys, write_run(tmp_path / "run"), "--embed-url", url)
 
 
-def test_files_of_vectors_that_do_not_fit(tmp_path, capsys):
-    run, x = write_run(tmp_path / "run"), np.ones((24, 3), dtype=np.float32)
-    x[3, 1], broken = np.nan, tmp_path / "broken.npy"
-    broken.write_bytes(b"no array")
-    for name, array, says in (("nan.npy", x, "id4 holds NaN"), ("short.npy", x[:5], "24 rows"),
-                              ("flat.npy", x[:, 0], "24 rows"), ("words.npy", np.array([["a"]]), "TypeError")):
+# --- A file of vectors ---------------------------------------------------------------------------
+
+
+def test_files_of_vectors_that_do_not_fit_are_refused(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+
+    def said_of(name, array):
         np.save(tmp_path / name, array)
-        assert says in refused(capsys, run, "--embeddings", tmp_path / name)
+        return refused(capsys, run, "--embeddings", tmp_path / name)
+
+    x = np.ones((24, 3), dtype=np.float32)
+    x[3, 1] = np.nan
+    assert "id4 holds NaN" in said_of("nan.npy", x)
+    assert "24 rows" in said_of("short.npy", x[:5])
+    assert "24 rows" in said_of("flat.npy", x[:, 0])
+    assert "TypeError" in said_of("words.npy", np.array([["a"]]))
+
     torch.save({"x": torch.ones(24, 3)}, tmp_path / "dict.pt")
     assert "24 rows" in refused(capsys, run, "--embeddings", tmp_path / "dict.pt")
-    assert "cannot be read" in refused(capsys, run, "--embeddings", broken)
+    (tmp_path / "broken.npy").write_bytes(b"no array")
+    assert "cannot be read" in refused(capsys, run, "--embeddings", tmp_path / "broken.npy")
     assert "FileNotFoundError" in refused(capsys, run, "--embeddings", tmp_path / "nowhere.npy")
 
 
 def test_scale_does_not_matter(tmp_path):
-    """Squares of 1e30 overflow, those of 1e-30 vanish: both must give the codes of the vectors themselves."""
-    run, x = write_run(tmp_path / "run"), np.random.default_rng(0).normal(size=(24, 9))
+    """Squares of 1e30 overflow, those of 1e-30 vanish: all give the codes of the vectors."""
+    run = write_run(tmp_path / "run")
+    x = np.random.default_rng(0).normal(size=(24, 9))
     codes = []
     for scale in (1, 2.0 ** 100, 2.0 ** -100):
         np.save(tmp_path / "x.npy", x * scale)
         saved = codes_of(run, "--embeddings", tmp_path / "x.npy")
         check(saved, 24)
         codes.append(saved["codes"])
-    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
+    assert torch.equal(codes[0], codes[1])
+    assert torch.equal(codes[0], codes[2])
 
 
-def test_tensors_of_other_kinds(tmp_path, capsys):
+def test_sparse_tensors_are_read_complex_and_lying_ones_refused(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     torch.save(torch.eye(24).to_sparse(), tmp_path / "sparse.pt")
     check(codes_of(run, "--embeddings", tmp_path / "sparse.pt"), 24)
     (run / "text_codes.pt").unlink()
+
     np.save(tmp_path / "complex.npy", np.ones((24, 2)) * 1j)
-    assert "24 rows of numbers" in refused(capsys, run, "--embeddings", tmp_path / "complex.npy")
-    (tmp_path / "lies.npy").write_bytes((tmp_path / "complex.npy").read_bytes().replace(b"(24, 2)", b"(9999999, 9999999)"))
+    said = refused(capsys, run, "--embeddings", tmp_path / "complex.npy")
+    assert "24 rows of numbers" in said
+
+    honest = (tmp_path / "complex.npy").read_bytes()
+    lies = honest.replace(b"(24, 2)", b"(9999999, 9999999)")
+    (tmp_path / "lies.npy").write_bytes(lies)
     assert "cannot be read" in refused(capsys, run, "--embeddings", tmp_path / "lies.npy")
 
 
-@pytest.mark.parametrize("options", [["--embed-batch", 0], ["--seed", -1], ["--seed", 2 ** 32], ["--embeddings", "x.npy", "--embed-url", "http://x"]])
+# --- Whitening -----------------------------------------------------------------------------------
+
+
+def test_whitening_gives_unit_variance_to_every_direction():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 160, generator=rng) * torch.logspace(-6, 1, 160) + 100
+    white = text.whiten(x)
+    assert 50 < white.shape[1] <= text.WHITENED
+    covariance = white.T @ white / 299
+    identity = torch.eye(len(covariance))
+    torch.testing.assert_close(covariance, identity, atol=1e-2, rtol=0)
+
+
+# --- The command line, and little data -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    ["--embed-batch", 0],
+    ["--seed", -1],
+    ["--seed", 2 ** 32],
+    ["--embeddings", "x.npy", "--embed-url", "http://x"],
+])
 def test_bad_options_are_one_sentence(tmp_path, capsys, options):
     refused(capsys, write_run(tmp_path / "run"), *options)
 
@@ -291,33 +472,48 @@ def test_no_data_is_one_sentence(tmp_path, capsys):
     assert "01_data.py" in refused(capsys, tmp_path / "run")
 
 
-def test_no_text_at_all(tmp_path, capsys):
+def test_without_any_text_all_items_get_random_places(tmp_path, capsys):
     run = write_run(tmp_path / "run", ["", "!?", ""])
     np.save(tmp_path / "zeros.npy", np.zeros((3, 7), dtype=np.float32))
-    for options in ([], ["--embed-url", "http://127.0.0.1:9"], ["--embeddings", tmp_path / "zeros.npy"]):
+    doors = ([], ["--embed-url", "http://127.0.0.1:9"], ["--embeddings", tmp_path / "zeros.npy"])
+    for options in doors:
         saved = codes_of(run, *options)
         check(saved, 3)
-        assert not saved["known"].any() and saved["embeddings"].shape == (4, 1)
-        assert saved["codebooks"].shape == (3, 8, 1) and "0 of 3 items are known" in capsys.readouterr().out
+        assert not saved["known"].any()
+        assert saved["embeddings"].shape == (4, 1)
+        assert saved["codebooks"].shape == (3, 8, 1)
+        assert "0 of 3 items are known" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("titles", [["one mug"], ["one mug", "", ""], ["mug", "lamp"], ["x", "x", ""]])
-def test_very_few_texts(tmp_path, titles):
-    run, N = write_run(tmp_path / "run", titles), len(titles)
+@pytest.mark.parametrize("titles", [
+    ["one mug"],
+    ["one mug", "", ""],
+    ["mug", "lamp"],
+    ["x", "x", ""],
+])
+def test_very_few_texts_get_codes(tmp_path, titles):
+    run = write_run(tmp_path / "run", titles)
+    N = len(titles)
     check(codes_of(run), N)
-    np.save(tmp_path / "x.npy", vectors(titles) * np.array([[bool(t)] for t in titles]))
+
+    has_text = np.array([[bool(title)] for title in titles])    # (N, 1)
+    np.save(tmp_path / "x.npy", vectors(titles) * has_text)
     saved = codes_of(run, "--embeddings", tmp_path / "x.npy")
     check(saved, N)
-    assert saved["known"].tolist() == [False] + [bool(t) for t in titles]
+    assert saved["known"].tolist() == [False] + [bool(title) for title in titles]
+
+
+# --- Codes ---------------------------------------------------------------------------------------
 
 
 def test_equal_texts_overflow_into_free_places(tmp_path):
-    """24 equal items at K = 8: eight fit behind one prefix, sixteen move to the nearest places with room."""
+    """24 equal items at K = 8: eight fit behind one prefix, sixteen move to the nearest room."""
     run = write_run(tmp_path / "run", ["a mug"] * 24)
     saved = codes_of(run)
     check(saved, 24)
     assert saved["moved"] == 16
-    assert saved["codes"][1:, :3].unique(dim=0, return_counts=True)[1].tolist() == [8, 8, 8]
+    _, sharing = saved["codes"][1:, :3].unique(dim=0, return_counts=True)
+    assert sharing.tolist() == [8, 8, 8]
     np.save(tmp_path / "x.npy", np.ones((24, 3)))
     check(codes_of(run, "--embeddings", tmp_path / "x.npy"), 24)
 
@@ -325,7 +521,8 @@ def test_equal_texts_overflow_into_free_places(tmp_path):
 def test_a_full_tree_is_still_a_bijection(tmp_path, monkeypatch):
     """K = 2 has 16 codes; all 16 items get one, whatever their vectors."""
     monkeypatch.setattr(text, "codebook_size", lambda N: 2)
-    saved = codes_of(write_run(tmp_path / "run", ["a mug"] * 10 + [f"{c} lamp" for c in COLOURS] + ["", ""]))
+    lamps = [f"{colour} lamp" for colour in COLOURS]
+    saved = codes_of(write_run(tmp_path / "run", ["a mug"] * 10 + lamps + ["", ""]))
     check(saved, 16)
     assert saved["moved"] > 0
 
