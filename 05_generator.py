@@ -1,14 +1,25 @@
 """The generator: a T5-style transformer reads the codes of a history and writes the next item's.
 
-An item of the history is M = D * L tokens: its image, text and collaborative codes. The encoder
-reads them, the decoder writes the L codes of one modality of the next item. The training softmax
-runs only over codes that continue a real item (constrained sequence learning; MSCGRec, arXiv
-2602.03713); beam search walks the same tree. Left out: T5's tied output, half of its dropout.
+An item of the history is M = D * L tokens: its image, text and collaborative codes. An encoder
+reads them, and a decoder writes the L codes c_1 .. c_L of the next item in one of the modalities,
+one after another. Its scores z_l of code l only compete with the codes A(c_<l) that continue a
+prefix to some real item (constrained sequence learning; MSCGRec, arXiv 2602.03713), in training
+
+    loss = - sum_l [ z_l(c_l) - log sum_{k in A(c_<l)} exp z_l(k) ]
+
+and in beam search, which finds the likeliest items. Left out of T5: an output tied to the token
+embeddings, and half of its dropout.
 
     python 05_generator.py                                               # MSCGRec
     python 05_generator.py --name tiger --modalities text --target text  # TIGER-like: text alone
-    python 05_generator.py --history "part of a title, another title"    # and then? history.png
+    python 05_generator.py --history "part of a title; another title"    # and then? history.png
+    torchrun --nproc_per_node=2 -- 05_generator.py                       # several GPUs
 
+letters  B users in a batch, T items of history, D modalities that a history shows,
+         L codes of an item in one modality, K values of a code, M = D * L tokens of an item,
+         N items, U users, W windows cut from histories, E width of the model, H heads,
+         Q places of a history that ask at once, d width of a vector that was cut into codes,
+         l level of a code, k code
 reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
 writes  generator-mscgrec.pt
           weights      dict                 the best epoch's parameters, by name
@@ -20,8 +31,19 @@ writes  generator-mscgrec.pt
 
 On the toy shop: 3.3 minutes, 0.5 GiB (2 cores of an AMD EPYC).
 """
-import argparse, atexit, hashlib, math, os, pathlib, resource, signal, sys, textwrap, time, zipfile
+import argparse
+import atexit
+import contextlib
+import hashlib
+import math
+import os
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -29,289 +51,637 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-TOKEN_SCALE = 0.3  # standard deviation of token embeddings at the start
-WARM_UP, WEIGHT_DECAY = 0.04, 0.01  # share of training in which --lr rises; then a cosine to 0
-JUDGES, FARTHEST = 2000, 31  # users that validate an epoch; distances from FARTHEST on are one
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
-# --- Files ---------------------------------------------------------------------------------------
-MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-def fail(message):
-    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
-    print(message, file=sys.stderr)
-    sys.exit(2)
+TOKEN_SCALE = 0.3        # standard deviation of the token embeddings at the start
+FARTHEST = 31            # items; all that lie farther back share one bias
+WARM_UP = 0.04           # share of the training in which the learning rate rises to --lr
+WEIGHT_DECAY = 0.01      # of AdamW
+CLIP = 1.0               # a gradient that is longer is shortened to this
+VALIDATION_USERS = 2000  # at the most; their validation events decide which epoch is the best
 
-def load(path, maker, mmap=False):
-    """Reads what `maker` wrote. Refuses a damaged or foreign file, and one of other inputs."""
-    try:
-        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
-        artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-        for name, digest in artifact.get("made_from", None if maker[:3] == "01_" else {}).items():
-            if MADE_FROM.get(name, digest) != digest:
-                fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
-        MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-        return artifact
-    except Exception as error:
-        fail(f"{path} is missing or damaged ({type(error).__name__}): run {maker} with this --run.")
 
-def save(artifact, path):
-    """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(artifact | {"made_from": MADE_FROM}, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
-        partial.unlink(missing_ok=True)
-        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+# --- Data: pieces of histories, cut from the flat array of events (the same text in 02 and 05) ---
+# User u's events are events[offsets[u]:offsets[u+1]], in order of time. The last one is for the
+# test, the last but one for validation, and a model reads at most T events at once.
 
-# --- Stopped runs; several processes -------------------------------------------------------------
-def resume(path, args, **parts):
-    """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
-    new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
-    signal.signal(signal.SIGINT, lambda *_: fail("stopped: run it again without --fresh to go on"))
-    if args.fresh or args.max_steps or not path.exists():
-        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
-    state, now = load(path, "this script with --fresh"), vars(args)
-    del MADE_FROM[path.name]  # results are not made from it
-    for name, then in state["options"].items():
-        if name not in ("run", "device", "rank", "fresh", "bf16") and then != now[name]:
-            fail(f"{path} began with --{name} {then}, not {now[name]}: go on so, or use --fresh.")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state
 
-def join():
-    """Under torchrun, meets the other processes -> rank, the number of this one, world, of all."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    dist.init_process_group()
-    atexit.register(dist.destroy_process_group)
-    atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    if dist.get_rank():  # only one prints and writes
-        sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
-    return dist.get_rank(), dist.get_world_size()
-def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
-    return dist.all_reduce(x) or x if dist.is_initialized() else x
+def held_out_windows(split, offsets, T):
+    """The history before each user's held-out event: events[start:start+length], at most T long.
 
-# --- Data: sequences cut from the flat array of events -------------------------------------------
-def windows(split, offsets, T):
-    """What a model sees: slices events[start:start+length], at most T long; start, length: (W,).
-    Training: inputs whose targets are one event later, each event but a user's first once; a random
-    phase moves the cuts of long histories. Else: what precedes a user's held-out event."""
-    if split != "train":
-        target = offsets[1:] - (1 if split == "test" else 2)  # (U,)
-        start = torch.maximum(offsets[:-1], target - T)  # (U,)
-        return start, target - start
-    U, targets = len(offsets) - 1, (offsets.diff() - 3).clamp(min=0)  # (U,); two are held out
-    phase = torch.randint(T, (U,)) * (targets > T)  # (U,)
-    count = (targets + phase + T - 1) // T  # (U,)
-    user = torch.arange(U).repeat_interleave(count)  # (W,)
-    number = torch.arange(len(user)) - (count.cumsum(0) - count)[user]  # (W,)
-    begin = (number * T - phase[user]).clamp(min=0)  # (W,)
+    split: "valid" or "test", offsets: (U+1,) -> start, length: (U,) both
+    """
+    back = {"test": 1, "valid": 2}[split]
+    target = offsets[1:] - back                                     # (U,) the held-out event
+    start = torch.maximum(offsets[:-1], target - T)                 # (U,)
+    return start, target - start
+
+
+def training_windows(offsets, T):
+    """Cuts the training events into windows. A model reads events[start:start+length]; the target
+    of each is the event after it. Every training event but a user's first is a target once.
+
+    offsets: (U+1,) -> start, length: (W,) both, 1 <= length <= T
+    """
+    # Of a user's n events the last two are held out and the first one has nothing before it.
+    targets = (offsets.diff() - 3).clamp(min=0)                     # (U,)
+
+    # Histories longer than T are cut every T events. A phase, drawn each epoch, moves the cuts,
+    # so that no event is always the first of its window, where it sees nothing of what came before.
+    # Twelve events, so nine targets (1 to 9), with T = 4 and phase 1:
+    #   events   0 1 2 3 4 5 6 7 8 9 v t
+    #   read     0 1 2|3 4 5 6|7 8            three windows
+    #   targets    1 2 3|4 5 6 7|8 9
+    phase = torch.randint(T, targets.shape) * (targets > T)         # (U,)
+    windows = (targets + phase + T - 1) // T                        # (U,) how many, rounded up
+
+    # Number the windows of each user 0, 1, 2, ..: the place among all windows, minus the place
+    # where the windows of this user begin.
+    user = torch.arange(len(windows)).repeat_interleave(windows)    # (W,)
+    first = windows.cumsum(0) - windows                             # (U,)
+    number = torch.arange(len(user)) - first[user]                  # (W,)
+
+    begin = (number * T - phase[user]).clamp(min=0)                 # (W,)
     end = torch.minimum((number + 1) * T - phase[user], targets[user])  # (W,)
     return offsets[user] + begin, end - begin
 
-def equal_length_batches(lengths, tokens):
-    """Batches of one length each, of about `tokens` items: no padding. (W,) -> list of indices"""
-    order, batches = torch.randperm(len(lengths)), []  # (W,)
-    order = order[lengths[order].argsort(stable=True)]  # (W,)
-    for group in order.split(lengths.bincount()[lengths.unique()].tolist()):
-        batches += group.split(max(1, tokens // int(lengths[group[0]])))
+
+def equal_length_batches(lengths, events):
+    """Batches of windows of one length each, in random order: nothing is padded.
+
+    lengths: (W,), events: how many a batch holds, about -> list of index tensors (B,)
+    """
+    # Shuffle, then sort by length; a stable sort leaves windows of one length in random order.
+    order = torch.randperm(len(lengths))                            # (W,)
+    order = order[lengths[order].argsort(stable=True)]              # (W,)
+
+    batches = []
+    _, size = lengths[order].unique_consecutive(return_counts=True)  # (lengths,)
+    for group in order.split(size.tolist()):
+        length = int(lengths[group[0]])
+        batches += group.split(max(1, events // length))            # (B,) each
     return [batches[i] for i in torch.randperm(len(batches))]
 
+
 # --- The prefix tree of all item codes -----------------------------------------------------------
+# Most sequences of codes belong to no item. The tree (a trie) knows which ones do.
+#
+#         root            Three items with the codes (0, 2), (0, 5) and (7, 2), so L = 2.
+#        /    \           Level 0 has one node, the root: A() = {0, 7}.
+#       0      7          Level 1 has two nodes: A(0) = {2, 5} and A(7) = {2}.
+#      / \      \         Level 2 has a node for each item: the leaves.
+#     2   5      2
+#
+# The nodes of a level are numbered 0, 1, 2, .. from left to right. So every question (which codes
+# may follow? where does a code lead?) is one look-up in a table, for all beams of a batch at once.
+
+
 class Trie:
-    """Which codes continue a prefix so that a real item can come of it. From codes (N+1, L), once:
-    keys[l]     int64 (nodes_l,)        the prefixes of l codes, each packed into a number, sorted
-    allowed[l]  uint8 (nodes_l, K / 8)  A(c_<l): the codes that continue each prefix, one bit a code
-    path        int64 (N+1, L)          the node of an item's prefix of l codes, l = 0..L-1
-    leaf_item   int64 (N,)              the item of each leaf"""
-    def __init__(self, codes, K):
-        codes, self.K, self.L, self.allowed = codes[1:].long(), K, codes.shape[1], []
-        key = torch.zeros_like(codes[:, 0])  # (N,)
-        self.keys, path = [key[:1]], [key]  # the root is the only prefix of no codes
+    """Which codes continue a prefix so that a real item can come of it; built once from all codes.
+
+    codes: int (N+1, L) of the modality that is written, row 0 unused; K: values of a code
+
+    edges[l]    int64 (nodes of level l+1,)       what leads from level l to level l+1, see below
+    allowed[l]  uint8 (nodes of level l, K / 8)   A(c_<l) of each node, one bit a code
+    path        int64 (N+1, L)                    the node of an item's first l codes, l = 0..L-1
+    leaf_item   int64 (N,)                        the item of each leaf
+    """
+
+    def __init__(self, codes, K, device="cpu"):
+        codes = codes.cpu().long()                                  # (N+1, L)
+        N = len(codes) - 1
+        self.K = K
+        self.L = codes.shape[1]
+        self.codes = codes.to(device)                               # (N+1, L)
+        self.edges = []
+        self.allowed = []
+        path = torch.zeros_like(codes)                              # (N+1, L)
+
+        # All items walk down from the root together, a level at a time.
+        node = torch.zeros(N, dtype=torch.long)                     # (N,) where each item stands
+        nodes = 1  # of this level
         for l in range(self.L):
-            key = key * K + codes[:, l]  # (N,)
-            child, node = key.unique(return_inverse=True)  # (nodes_l+1,), (N,)
-            parent = torch.searchsorted(self.keys[l], child // K)  # (nodes_l+1,)
-            bits = torch.zeros(len(self.keys[l]) * K // 8, dtype=torch.uint8, device=key.device)
-            byte, bit = parent * (K // 8) + child % K // 8, 1 << child % 8  # (nodes_l+1,) both
-            self.allowed.append(bits.index_add_(0, byte, bit.to(torch.uint8)).view(-1, K // 8))
-            self.keys.append(child)
-            path.append(node)
-        if len(child) < len(codes):
+            path[1:, l] = node
+
+            # Code k leads from node n along the edge n * K + k: a number of two digits in base K.
+            # In the tree above, with K = 10, level 0 has the edges 0 and 7, and level 1, whose
+            # nodes are 0 and 1, has the edges 02, 05 and 12. Sorted, edge i leads to node i.
+            edge = node * K + codes[1:, l]                          # (N,)
+            edges, node = edge.unique(return_inverse=True)          # (nodes below,), (N,)
+            self.edges.append(edges.to(device))
+
+            # A(c_<l) as a table of yes and no: which codes may follow each node.
+            allowed = torch.zeros(nodes, K, dtype=torch.bool)       # (nodes, K)
+            allowed[edges // K, edges % K] = True
+            self.allowed.append(pack(allowed).to(device))           # (nodes, K / 8)
+            nodes = len(edges)
+
+        if nodes < N:
             fail("two items have the same code: make the codes of the target modality again.")
-        self.path = F.pad(torch.stack(path[:-1], 1), (0, 0, 1, 0))  # (N+1, L)
-        self.leaf_item = node.argsort() + 1  # (N,)
-        bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1  # (256, 8)
-        self.unpacked = bits.log().to(key.device)  # (256, 8): 0 or -inf for every bit of a byte
-    def barred(self, l, node):  # 0 for A(c_<l), -inf for all other codes. (...) -> (..., K)
-        return F.embedding(self.allowed[l][node].int(), self.unpacked).flatten(-2)
-    def descend(self, l, node, code):  # where a code leads: a node of level l+1. (...) -> (...)
-        child = torch.searchsorted(self.keys[l + 1], self.keys[l][node] * self.K + code)  # (...)
-        return child.clamp(max=len(self.keys[l + 1]) - 1)  # a code not allowed leads anywhere
+        leaf_item = torch.empty(N, dtype=torch.long)                # (N,)
+        leaf_item[node] = torch.arange(1, N + 1)
+        self.leaf_item = leaf_item.to(device)                       # (N,)
+        self.path = path.to(device)                                 # (N+1, L)
+        self.log_bits = log_bits().to(device)                       # (256, 8)
 
-def code_losses(logits, codes, items, trie, constrained=True):
-    """loss_l = -[z_l(c_l) - log sum_{k in A(c_<l)} exp z_l(k)], summed over n targets -> (L,)
-    The softmax may be cut to the children: what continues no real item can never be right, and
-    the tree knows it already [18]. logits: (n, L, K), codes: (n, L), items: (n,)"""
-    barred = [trie.barred(l, trie.path[items, l]) if constrained else 0 for l in range(trie.L)]
-    return torch.stack([F.cross_entropy(z + barred[l], codes[:, l], reduction="sum")
-                        for l, z in enumerate(logits.float().unbind(1))])  # (L,); z: (n, K)
+    def log_allowed(self, l, node):
+        """What is added to the scores of level l, so that only the children of a node compete.
 
-# --- The model: T5 (RMSNorm first, no biases in linear layers, ReLU, unscaled attention) ---------
+        log 1 = 0 changes nothing, log 0 = -inf makes a probability of 0. With K = 4, A = {0, 2}:
+            allowed          1     0     1     0
+            log_allowed      0  -inf     0  -inf
+        node: (...) -> (..., K)
+        """
+        packed = self.allowed[l][node].int()                        # (..., K / 8)
+        bits = F.embedding(packed, self.log_bits)                   # (..., K / 8, 8)
+        return bits.flatten(-2)[..., :self.K]                       # (..., K)
+
+    def descend(self, l, node, code):
+        """Where a code leads from a node of level l. (...), (...) -> nodes of level l+1 (...)"""
+        edge = node * self.K + code                                 # (...)
+        child = torch.searchsorted(self.edges[l], edge)             # (...)
+        # A code that is not allowed leads anywhere: its beam has the probability 0 already.
+        return child.clamp(max=len(self.edges[l]) - 1)              # (...)
+
+
+# Why bits: `allowed` has a byte for each yes or no. A million items with K = 256 have about as many
+# nodes on the last level, so 256 MB, looked up at random. Eight yes or no fit in a byte: 32 MB.
+
+
+def pack(allowed):
+    """Eight yes or no in a byte, the first one in its lowest bit. bool (n, K) -> uint8 (n, K/8)"""
+    packed = np.packbits(allowed.numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(packed)                                 # (n, K / 8), rounded up
+
+
+def log_bits():
+    """The logarithms (0, -inf) of the eight bits of each byte, the lowest first. -> (256, 8)"""
+    byte = np.arange(256, dtype=np.uint8)[:, None]                  # (256, 1)
+    bits = np.unpackbits(byte, axis=1, bitorder="little")           # (256, 8)
+    return torch.from_numpy(bits).log()                             # (256, 8)
+
+
+# --- The loss: constrained sequence learning -----------------------------------------------------
+# A code that continues no real item can never be right, and the tree knows it already. The softmax
+# is cut to the children, so that the model need not learn which codes exist.
+
+
+def code_losses(logits, items, trie, constrained=True):
+    """loss_l = - [ z_l(c_l) - log sum_{k in A(c_<l)} exp z_l(k) ], summed over the targets.  [18]
+
+    logits: z, (n, L, K), items: the targets (n,), constrained: False: over all K codes -> (L,)
+    """
+    losses = []
+    for l in range(trie.L):
+        z = logits[:, l].float()                                    # (n, K)
+        if constrained:
+            node = trie.path[items, l]                              # (n,) the prefix c_<l
+            z = z + trie.log_allowed(l, node)                       # (n, K)
+        code = trie.codes[items, l]                                 # (n,)
+        losses.append(F.cross_entropy(z, code, reduction="sum"))    # ()
+    return torch.stack(losses)                                      # (L,)
+
+
+# --- The model: T5 (Raffel et al., JMLR 2020) ----------------------------------------------------
+# RMSNorm before each part, no biases in linear layers, ReLU, positions as biases of the attention.
+
+
 class RelativeBias(nn.Module):
-    """Added to attention scores, a head each: b1[s - t] + b2[slot of query, slot of key]. [20]
-    s and t are the places of the query's and the key's item; a slot is a (modality, level) inside
-    an item. Later items get -inf [23], so that one pass trains on all prefixes of a history."""
+    """b1[s - t] + b2[i, j], added to the score of a query for a key, a table for each head. [20]
+
+    s and t are the places of their items in the history. i and j are their slots: which modality
+    and level, of the D * L inside an item (the decoder's queries have L slots). A query sees no
+    later item: there the bias is -inf. [23] So one pass trains on all prefixes of a history.
+    """
+
     def __init__(self, H, query_slots, key_slots):
         super().__init__()
-        self.item = nn.Parameter(torch.zeros(H, FARTHEST + 1))
-        self.slot = nn.Parameter(torch.zeros(H, query_slots, key_slots))
-    def forward(self, T, first=0):  # items first..T-1 ask: (H, (T - first) * slots, T * slots)
-        place = torch.arange(T, device=self.item.device)  # (T,)
-        distance = place[first:].unsqueeze(1) - place  # (Q, T)
-        item = self.item[:, distance.clamp(0, FARTHEST)].masked_fill(distance < 0, -torch.inf)
-        return (item[:, :, None, :, None] + self.slot[:, None, :, None, :]).flatten(3).flatten(1, 2)
+        self.item = nn.Parameter(torch.zeros(H, FARTHEST + 1))      # b1
+        self.slot = nn.Parameter(torch.zeros(H, query_slots, key_slots))  # b2
+
+    def forward(self, T, first=0):
+        """The biases where the places first .. T-1 ask, Q of them, and all T answer.
+
+        -> (H, Q * query slots, T * key slots)
+        """
+        place = torch.arange(T, device=self.item.device)            # (T,) t
+        asking = place[first:].unsqueeze(1)                         # (Q, 1) s
+        distance = asking - place                                   # (Q, T) s - t
+        item = self.item[:, distance.clamp(0, FARTHEST)]            # (H, Q, T)
+        item = item.masked_fill(distance < 0, -torch.inf)           # (H, Q, T)
+
+        # One axis for each: head, place and slot of the query, place and slot of the key.
+        item = item[:, :, None, :, None]                            # (H, Q, 1, T, 1)
+        slot = self.slot[:, None, :, None, :]                       # (H, 1, slots, 1, slots)
+        bias = item + slot                                          # (H, Q, slots, T, slots)
+        return bias.flatten(3).flatten(1, 2)                        # (H, Q * slots, T * slots)
+
 
 class Attention(nn.Module):
+    """softmax(q k^T + bias) v in each of H heads: n tokens ask, m tokens answer.
+
+    By hand, where 02 calls torch's fused function: the biases are learnt, and in beam search keys
+    and values of earlier codes are kept. (03 has it by hand with the names of a public model.)
+    """
+
     def __init__(self, E, H, head):
         super().__init__()
-        self.q, self.k, self.v = (nn.Linear(E, H * head, bias=False) for _ in range(3))
-        self.out, self.H = nn.Linear(H * head, E, bias=False), H
-        self.q.weight.data /= head ** 0.5  # where others divide the scores by sqrt(head)
-    def keys_values(self, x):  # (..., m, E) -> keys and values (..., H, m, head)
-        return [y.unflatten(-1, (self.H, -1)).transpose(-2, -3) for y in (self.k(x), self.v(x))]
-    def forward(self, x, keys, values, bias):  # x: (..., n, E), bias: to (..., H, n, m)
-        queries = self.q(x).unflatten(-1, (self.H, -1)).transpose(-2, -3)  # (..., H, n, head)
-        scores = queries @ keys.transpose(-1, -2)  # (..., H, n, m)
-        weights = scores.add_(bias.to(scores.dtype)).softmax(-1, dtype=scores.dtype)  # the same
-        return self.out((weights @ values).transpose(-2, -3).flatten(-2))  # (..., n, E)
+        self.H = H
+        self.query = nn.Linear(E, H * head, bias=False)
+        self.key = nn.Linear(E, H * head, bias=False)
+        self.value = nn.Linear(E, H * head, bias=False)
+        self.out = nn.Linear(H * head, E, bias=False)
+        # Others divide the scores by sqrt(head). T5 starts with queries that much smaller.
+        self.query.weight.data /= head ** 0.5
 
-class Layer(nn.Module):
-    """Attention to itself, in the decoder also to the encoder's output, and a feed-forward layer.
-    x: (B, T * M, E) in the encoder; (B, Q, l, E) in the decoder, which writes Q items at once: one
-    after each item (training) or one a beam. memory, past: keys, values of history, codes before"""
-    def __init__(self, size, decoder):
+    def split(self, x):
+        """(..., n, H * head) -> (..., H, n, head)"""
+        return x.unflatten(-1, (self.H, -1)).transpose(-2, -3)
+
+    def keys_values(self, x):
+        """x: (..., m, E) -> keys, values, both (..., H, m, head)"""
+        keys = self.split(self.key(x))                              # (..., H, m, head)
+        values = self.split(self.value(x))                          # (..., H, m, head)
+        return keys, values
+
+    def forward(self, x, keys, values, bias):
+        """x: (..., n, E), bias: as (..., H, n, m), or broadcast to it -> (..., n, E)"""
+        queries = self.split(self.query(x))                         # (..., H, n, head)
+        scores = queries @ keys.transpose(-1, -2)                   # (..., H, n, m)
+        # The largest tensors of all: no copy for the sum, no float32 where the rest is bfloat16.
+        scores = scores.add_(bias.to(scores.dtype))                 # (..., H, n, m)
+        weights = scores.softmax(-1, dtype=scores.dtype)            # (..., H, n, m)
+        mixed = (weights @ values).transpose(-2, -3)                # (..., n, H, head)
+        return self.out(mixed.flatten(-2))                          # (..., n, E)
+
+
+class FeedForward(nn.Module):
+    """max(0, x W_up) W_down, for each token alone."""
+
+    def __init__(self, E, inner):
         super().__init__()
-        E, self.dropout = size.width, nn.Dropout(size.dropout)
-        self.norms = nn.ModuleList(nn.RMSNorm(E) for _ in range(3 if decoder else 2))
+        self.up = nn.Linear(E, inner, bias=False)
+        self.down = nn.Linear(inner, E, bias=False)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)))                        # (..., E)
+
+
+class EncoderLayer(nn.Module):
+    """The tokens of the history look at each other, then each is worked on alone."""
+
+    def __init__(self, size):
+        super().__init__()
+        E = size.width
+        self.dropout = nn.Dropout(size.dropout)
+        self.attention_norm = nn.RMSNorm(E)
+        self.feed_forward_norm = nn.RMSNorm(E)
         self.attention = Attention(E, size.heads, size.head)
-        self.cross_attention = Attention(E, size.heads, size.head) if decoder else None
-        self.up = nn.Linear(E, size.inner, bias=False)
-        self.down = nn.Linear(size.inner, E, bias=False)
-    def forward(self, x, bias, past=None, memory=None, cross_bias=None):
-        y = self.norms[0](x)
-        keys_values = self.attention.keys_values(y)  # (..., H, n, head) twice
-        if past:
-            keys_values = [torch.cat(pair, -2) for pair in zip(past, keys_values)]
-        x = x + self.dropout(self.attention(y, *keys_values, bias))
-        if memory:
-            y = self.norms[1](x).flatten(1, 2)  # (B, Q * l, E)
-            x = x + self.dropout(self.cross_attention(y, *memory, cross_bias)).view_as(x)
-        return x + self.dropout(self.down(F.relu(self.up(self.norms[-1](x))))), keys_values
+        self.feed_forward = FeedForward(E, size.inner)
+
+    def forward(self, x, bias):
+        """x: (B, T * M, E), bias: (H, T * M, T * M) -> (B, T * M, E)"""
+        y = self.attention_norm(x)                                  # (B, T * M, E)
+        keys, values = self.attention.keys_values(y)                # (B, H, T * M, head) both
+        y = self.attention(y, keys, values, bias)                   # (B, T * M, E)
+        x = x + self.dropout(y)                                     # (B, T * M, E)
+
+        y = self.feed_forward_norm(x)                               # (B, T * M, E)
+        return x + self.dropout(self.feed_forward(y))               # (B, T * M, E)
+
+
+class DecoderLayer(nn.Module):
+    """The codes of an item that is written look at its earlier codes, then at the history.
+
+    For each user Q items are written at once: in training one after each place of the history, in
+    beam search one a beam. They do not see each other, and all of them look at the same history.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        E = size.width
+        self.dropout = nn.Dropout(size.dropout)
+        self.attention_norm = nn.RMSNorm(E)
+        self.cross_attention_norm = nn.RMSNorm(E)
+        self.feed_forward_norm = nn.RMSNorm(E)
+        self.attention = Attention(E, size.heads, size.head)
+        self.cross_attention = Attention(E, size.heads, size.head)
+        self.feed_forward = FeedForward(E, size.inner)
+
+    def forward(self, x, bias, memory, cross_bias, cache=None):
+        """x: (B, Q, l, E), l codes of each item; bias: (H, l, l); memory: keys and values of the
+        history, both (B, H, T * M, head); cross_bias: (H, Q * l, T * M) -> (B, Q, l, E)
+
+        cache: only in beam search, see there. Then x and bias are of the newest code alone.
+        """
+        y = self.attention_norm(x)                                  # (B, Q, l, E)
+        keys, values = self.attention.keys_values(y)                # (B, Q, H, l, head) both
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        y = self.attention(y, keys, values, bias)                   # (B, Q, l, E)
+        x = x + self.dropout(y)                                     # (B, Q, l, E)
+
+        # One product for all codes of all Q items: they ask the same keys.
+        y = self.cross_attention_norm(x).flatten(1, 2)              # (B, Q * l, E)
+        keys, values = memory                                       # (B, H, T * M, head) both
+        y = self.cross_attention(y, keys, values, cross_bias)       # (B, Q * l, E)
+        x = x + self.dropout(y).view_as(x)                          # (B, Q, l, E)
+
+        y = self.feed_forward_norm(x)                               # (B, Q, l, E)
+        return x + self.dropout(self.feed_forward(y))               # (B, Q, l, E)
+
+
+# --- The generator: history in, scores of the next codes out -------------------------------------
+# All tokens have their embeddings in one table: each code of each level of each modality, a mask
+# for each modality, and a start token.
+
+
+def centroid_embeddings(codebooks, E):
+    """Embeddings for the codes of a modality: similar codes start with similar embeddings. [22]
+
+    A centroid has d numbers, an embedding E. Along their principal directions the centroids differ
+    most, so the first E of these coordinates keep most of what tells the centroids apart.
+    codebooks: (3, K, d) -> (3 * K, E), code k of level l in row l * K + k
+    """
+    centroids = codebooks.flatten(0, 1)                             # (3K, d)
+    # centroids = left diag(singular) directions, so left diag(singular) are the coordinates.
+    left, singular, _ = torch.linalg.svd(centroids, full_matrices=False)
+    coordinates = left * singular                                   # (3K, directions)
+    x = F.pad(coordinates, (0, E))[:, :E]                           # (3K, E), zeros for none
+    return TOKEN_SCALE * x / x.std().clamp(1e-6)                    # (3K, E)
+
+
+def hidden_modalities(history, D, masking):
+    """Which modality of which item is hidden in this step, as if the item lacked it.
+
+    A share `masking` of the items hides one modality, so that the others must do.
+    history: (B, T) -> bool (B, T, D)
+    """
+    device = history.device
+    hides = torch.rand(history.shape, device=device) < masking      # (B, T) does this item?
+    which = torch.randint(D, history.shape, device=device)          # (B, T) which one, if it does
+    one = which.unsqueeze(2) == torch.arange(D, device=device)      # (B, T, D)
+    return hides.unsqueeze(2) & one                                 # (B, T, D)
+
 
 class Generator(nn.Module):
-    """Row (d * L + l) * K + k of the token table is code k of level l of modality d; then come a
-    mask token for each modality, and the start token. codes: (N+1, D, L); known: (N+1, D), False
-    where an item lacks a modality; target: the one that is written; codebooks: D of (3, K, d)."""
-    def __init__(self, codes, known, target, codebooks, size):
+    """The encoder-decoder.
+
+    sources: what the file of each modality holds, by its name: codes (N+1, L), known (N+1,),
+    codebooks (3, K, d); modalities: the names of the D that a history shows; target: the name of
+    the one that is written; size: its width, heads, head, inner, layers, dropout count.
+    """
+
+    def __init__(self, sources, modalities, target, size):
         super().__init__()
-        (_, D, L), K, E, H = codes.shape, codebooks[0].shape[1], size.width, size.heads
-        tokens = codes + K * torch.arange(D * L).view(D, L)  # (N+1, D, L)
-        masks = D * L * K + torch.arange(D).unsqueeze(1)  # (D, 1)
-        shown = torch.where(known.unsqueeze(2), tokens, masks)  # (N+1, D, L), in histories
-        for name, x in dict(shown=shown, written=tokens[:, target], masks=masks).items():
-            self.register_buffer(name, x, persistent=False)
-        self.start_token = D * L * K + D
-        self.tokens, self.dropout = nn.Embedding(D * L * K + D + 1, E), nn.Dropout(size.dropout)
+        E = size.width
+        H = size.heads
+        D = len(modalities)
+        L = sources[target]["codes"].shape[1]
+        K = sources[target]["codebooks"].shape[1]
+        self.number_tokens(sources, modalities, target)
+
+        self.tokens = nn.Embedding(self.start_token + 1, E)
         nn.init.normal_(self.tokens.weight, std=TOKEN_SCALE)
-        for d, codebook in enumerate(codebooks):  # similar codes start with similar tokens  [22]
-            U, S, _ = torch.linalg.svd(codebook.flatten(0, 1), full_matrices=False)
-            x = F.pad(U * S, (0, E))[:, :E]  # centroids, along their principal directions; (3K, E)
-            self.tokens.weight.data[d * L * K:][:len(x)] = TOKEN_SCALE * x / x.std().clamp(1e-6)
-        self.encoder_bias, self.cross_bias = (RelativeBias(H, n, D * L) for n in (D * L, L))
+        for name, source in sources.items():
+            rows = centroid_embeddings(source["codebooks"], E)      # (3K, E)
+            first = self.first_token[name]
+            self.tokens.weight.data[first:first + len(rows)] = rows
+
+        self.dropout = nn.Dropout(size.dropout)
+        self.encoder_bias = RelativeBias(H, D * L, D * L)
+        self.cross_bias = RelativeBias(H, L, D * L)
+        # A third table, ours in place of T5's: for a code that asks for earlier codes of its item.
         self.self_bias = nn.Parameter(torch.zeros(H, L, L))
-        self.encoder = nn.ModuleList(Layer(size, decoder=False) for _ in range(size.layers))
-        self.decoder = nn.ModuleList(Layer(size, decoder=True) for _ in range(size.layers))
-        self.encoder_norm, self.decoder_norm = nn.RMSNorm(E), nn.RMSNorm(E)
+        self.encoder = nn.ModuleList(EncoderLayer(size) for _ in range(size.layers))
+        self.decoder = nn.ModuleList(DecoderLayer(size) for _ in range(size.layers))
+        self.encoder_norm = nn.RMSNorm(E)
+        self.decoder_norm = nn.RMSNorm(E)
+        # Level l has a vector for each code. So small that scores begin with a variance of 1.
         self.output = nn.Parameter(torch.randn(L, E, K) * E ** -0.5)
-    def encode(self, history, masking=0.0):  # (B, T) -> keys, values (B, H, T * M, head) a layer
-        tokens, D = self.shown[history], len(self.masks)  # (B, T, D, L)
-        if masking:  # hide one modality of some items, as if they lacked it: the others must do
-            which = torch.rand(*history.shape, 1, device=history.device) * D / masking  # (B, T, 1)
-            hidden = which.long() == torch.arange(D, device=history.device)  # (B, T, D)
-            tokens = torch.where(hidden.unsqueeze(3), self.masks, tokens)  # (B, T, D, L)  [21]
-        x = self.dropout(self.tokens(tokens.flatten(1)))  # (B, T * M, E)
-        bias = self.encoder_bias(history.shape[1])  # (H, T * M, T * M)
+
+    def number_tokens(self, sources, modalities, target):
+        """Gives every code its row in the table of embeddings.
+
+        The rows of a modality begin at first_token. Its code k of level l is l * K + k rows
+        further. Behind all codes come the masks, and last the start token.
+        """
+        self.first_token = {}
+        tokens = {}
+        rows = 0
+        for name, source in sources.items():
+            L = source["codes"].shape[1]
+            K = source["codebooks"].shape[1]
+            level = rows + K * torch.arange(L)                      # (L,) code 0 of each level
+            tokens[name] = level + source["codes"].long()           # (N+1, L)
+            self.first_token[name] = rows
+            rows += L * K
+            if name == target:
+                self.register_buffer("target_level", level, persistent=False)
+
+        masks = rows + torch.arange(len(modalities))                # (D,)
+        self.start_token = rows + len(modalities)
+
+        # In a history the mask stands for a modality that an item lacks.
+        shown = []
+        for name, mask in zip(modalities, masks):
+            known = sources[name]["known"].unsqueeze(1)             # (N+1, 1)
+            shown.append(torch.where(known, tokens[name], mask))    # (N+1, L)
+        shown = torch.stack(shown, 1)                               # (N+1, D, L)
+
+        # Not among the weights that are saved: the files of codes hold them.
+        self.register_buffer("masks", masks.unsqueeze(1), persistent=False)  # (D, 1)
+        self.register_buffer("shown", shown, persistent=False)      # (N+1, D, L)
+        self.register_buffer("written", tokens[target], persistent=False)  # (N+1, L)
+
+    def encode(self, history, masking=0.0):
+        """What the encoder makes of a history. (B, T) -> (B, T * M, E)"""
+        T = history.shape[1]
+        tokens = self.shown[history]                                # (B, T, D, L)
+        D = tokens.shape[2]
+        if masking > 0 and D > 1:  # a single modality has no others that could do
+            hidden = hidden_modalities(history, D, masking)         # (B, T, D)
+            hidden = hidden.unsqueeze(3)                            # (B, T, D, 1)
+            tokens = torch.where(hidden, self.masks, tokens)        # (B, T, D, L)  [21]
+
+        x = self.dropout(self.tokens(tokens.flatten(1)))            # (B, T * M, E)
+        bias = self.encoder_bias(T)                                 # (H, T * M, T * M)
         for layer in self.encoder:
-            x, _ = layer(x, bias)
-        x = self.dropout(self.encoder_norm(x))  # (B, T * M, E)
+            x = layer(x, bias)                                      # (B, T * M, E)
+        return self.dropout(self.encoder_norm(x))                   # (B, T * M, E)
+
+    def memory(self, x):
+        """What the decoder looks up: keys and values of the history, made once for all who ask.
+
+        x: (B, T * M, E) -> for each layer keys and values, both (B, H, T * M, head)
+        """
         return [layer.cross_attention.keys_values(x) for layer in self.decoder]
-    def decode(self, tokens, memory, cross_bias, past=None):
-        """Scores of the code after each token. tokens: (B, Q, l), those after `past` -> logits
-        (B, Q, l, K) and the new past: keys and values of all tokens, for each layer."""
-        first = past[0][0].shape[-2] if past else 0  # level that the first of these tokens predicts
-        last = first + tokens.shape[2]
-        later = torch.full((last, last), -torch.inf, device=tokens.device).triu(1)  # (last, last)
-        bias = (self.self_bias[:, :last, :last] + later)[:, first:]  # (H, l, last)
-        x, past = self.dropout(self.tokens(tokens)), past or [None] * len(memory)  # (B, Q, l, E)
-        for i, layer in enumerate(self.decoder):
-            x, past[i] = layer(x, bias, past[i], memory[i], cross_bias)
-        x = self.dropout(self.decoder_norm(x))  # (B, Q, l, E)
-        return torch.einsum("bqle,lek->bqlk", x, self.output[first:last]), past
+
+    def decode(self, tokens, bias, memory, cross_bias, caches):
+        """The decoder. tokens: (B, Q, l), caches: one a layer, or None -> (B, Q, l, E)"""
+        x = self.dropout(self.tokens(tokens))                       # (B, Q, l, E)
+        for layer, of_layer, cache in zip(self.decoder, memory, caches):
+            x = layer(x, bias, of_layer, cross_bias, cache)         # (B, Q, l, E)
+        return self.dropout(self.decoder_norm(x))                   # (B, Q, l, E)
+
+    def scores(self, x, l):
+        """z_l, the scores of all K codes of level l. x: (..., E) -> (..., K)"""
+        return x @ self.output[l]
+
     def forward(self, history, target, masking=0.0):
-        """For all t at once: target[:, t] after history[:, :t+1]. (B, T) -> logits (B, T, L, K)"""
-        written = F.pad(self.written[target, :-1], (1, 0), value=self.start_token)  # (B, T, L)
-        bias = self.cross_bias(history.shape[1])  # (H, T * L, T * M)
-        return self.decode(written, self.encode(history, masking), bias)[0]
+        """Training: all codes after all places at once. target[:, t] follows history[:, :t+1].
+
+        history, target: items, (B, T) both -> scores (B, T, L, K)
+        """
+        # Code l is predicted from the codes before it, code 1 from the start token.
+        before = self.written[target, :-1]                          # (B, T, L-1)
+        before = F.pad(before, (1, 0), value=self.start_token)      # (B, T, L)
+        L = before.shape[2]
+        later = torch.full((L, L), -torch.inf, device=before.device).triu(1)  # (L, L)
+        bias = self.self_bias + later                               # (H, L, L)
+        cross_bias = self.cross_bias(history.shape[1])              # (H, T * L, T * M)
+
+        memory = self.memory(self.encode(history, masking))
+        none = [None] * len(self.decoder)  # no cache: all codes are there at once
+        x = self.decode(before, bias, memory, cross_bias, none)     # (B, T, L, E)
+        logits = []
+        for l, of_level in enumerate(x.movedim(2, 0)):
+            logits.append(self.scores(of_level, l))                 # (B, T, K)
+        return torch.stack(logits, 2)                               # (B, T, L, K)
+
+
+# --- Beam search: the likeliest items ------------------------------------------------------------
+# log p(item) = sum_l log p(c_l | c_<l), with the softmax of the training. It would take N such sums
+# to rank all items. The search walks down the tree instead, and keeps the best prefixes, the beams.
+
+
+class Cache:
+    """Keys and values of the codes that the beams have so far, in one layer of the decoder.
+
+    A code asks for the keys and values of the codes before it. These do not change any more when a
+    beam grows, so that each is computed once and kept.
+    """
+
+    def __init__(self):
+        self.keys = None                                            # (B, beams, H, l, head)
+        self.values = None                                          # (B, beams, H, l, head)
+
+    def append(self, keys, values):
+        """Adds those of the newest code, (B, beams, H, 1, head). -> those of all codes so far"""
+        if self.keys is not None:
+            keys = torch.cat([self.keys, keys], -2)                 # (B, beams, H, l, head)
+            values = torch.cat([self.values, values], -2)           # (B, beams, H, l, head)
+        self.keys = keys
+        self.values = values
+        return keys, values
+
+    def follow(self, parent):
+        """Beam i goes on from the codes of beam parent[i]. parent: (B, beams)"""
+        user = torch.arange(len(parent), device=parent.device).unsqueeze(1)  # (B, 1)
+        self.keys = self.keys[user, parent]                         # (B, beams, H, l, head)
+        self.values = self.values[user, parent]                     # (B, beams, H, l, head)
+
 
 @torch.no_grad()
 def beam_search(model, trie, history, beam):
-    """The `beam` likeliest items after each history (B, T), best first; exact with beam >= N.
-    -> items, log-probabilities (B, beam); item 0 and -inf where there are fewer"""
-    (B, T), K, device = history.shape, trie.K, history.device
-    memory = model.encode(history)  # once a user: all beams share its keys and values
-    cross_bias = model.cross_bias(T, first=T - 1)  # (H, L, T * M)
-    node = torch.zeros(B, 1, dtype=torch.long, device=device)  # (B, beams); one beam at the root
-    score, token, past = 0.0 * node, node + model.start_token, None  # (B, beams) both
-    rows = torch.arange(B, device=device).unsqueeze(1)  # (B, 1)
-    for l in range(trie.L):
-        z, past = model.decode(token.unsqueeze(2), memory, cross_bias[:, l:l + 1], past)
-        z = (z[:, :, 0].float() + trie.barred(l, node)).log_softmax(-1)  # (B, beams, K)  [19]
-        total = (score.unsqueeze(2) + z).flatten(1)  # (B, beams * K)
-        score, best = total.topk(min(beam, total.shape[1]))  # (B, beams) both, beams <= beam
-        parent, code = best // K, best % K  # (B, beams)
-        node = trie.descend(l, node.gather(1, parent), code)  # (B, beams)
-        past = [[part[rows, parent] for part in keys_values] for keys_values in past]
-        token = model.written[1, l] // K * K + code  # table rows of this level; (B, beams)
-    return trie.leaf_item[node].masked_fill(score == -torch.inf, 0), score
+    """The `beam` likeliest items after each history, best first; exact where beam >= N.
 
-def recommend(model, trie, data, split, users, args, device):
-    """Beam search for some users: items int32 (n, beam), best first, and their scores (n, beam)"""
+    history: items (B, T) -> items (B, beam), log-probabilities (B, beam); 0 and -inf where the
+    catalogue has fewer items
+    """
+    B, T = history.shape
+    device = history.device
+    memory = model.memory(model.encode(history))  # once a user: all beams ask the same keys
+    cross_bias = model.cross_bias(T, first=T - 1)                   # (H, L, T * M)
+    caches = [Cache() for _ in model.decoder]
+
+    # One beam stands at the root. From level to level there are more of them, up to `beam`.
+    node = torch.zeros(B, 1, dtype=torch.long, device=device)       # (B, beams)
+    score = torch.zeros(B, 1, device=device)                        # (B, beams)
+    token = torch.full_like(node, model.start_token)                # (B, beams)
+    for l in range(trie.L):
+        # Each beam's newest code goes in alone, and asks for all codes so far.
+        newest = token.unsqueeze(2)                                 # (B, beams, 1)
+        bias = model.self_bias[:, l:l + 1, :l + 1]                  # (H, 1, l+1)
+        at_level = cross_bias[:, l:l + 1]                           # (H, 1, T * M)
+        x = model.decode(newest, bias, memory, at_level, caches)    # (B, beams, 1, E)
+
+        # log p(k | prefix): a softmax over the children of each beam's node.  [19]
+        z = model.scores(x[:, :, 0], l).float()                     # (B, beams, K)
+        z = z + trie.log_allowed(l, node)                           # (B, beams, K)
+        log_p = z.log_softmax(-1)                                   # (B, beams, K)
+
+        # The best of all beams' children: of which beam, by which code?
+        total = (score.unsqueeze(2) + log_p).flatten(1)             # (B, beams * K)
+        score, best = total.topk(min(beam, total.shape[1]))         # (B, beams) both
+        parent = best // trie.K                                     # (B, beams)
+        code = best % trie.K                                        # (B, beams)
+
+        node = trie.descend(l, node.gather(1, parent), code)        # (B, beams)
+        token = model.target_level[l] + code                        # (B, beams)
+        for cache in caches:
+            cache.follow(parent)
+
+    items = trie.leaf_item[node].masked_fill(score == -torch.inf, 0)  # (B, beams)
+    return items, score
+
+
+# --- Ranking -------------------------------------------------------------------------------------
+# What users had before is not taken out of their lists, as with other generators: see the README.
+
+
+def recommend(model, trie, data, split, users, args):
+    """The best items for the held-out event of some users; processes share the work.
+
+    split: "valid" or "test", users: (n,) -> items int32 (n, beam), best first; scores (n, beam)
+    """
     model.eval()
-    start, length = (part[users] for part in windows(split, data["offsets"], args.length))
-    items = torch.zeros(len(users), args.beam, dtype=torch.int32)  # (n, beam)
-    scores = torch.zeros(len(users), args.beam)  # (n, beam)
-    torch.manual_seed(0)  # the same batches in all processes
+    start, length = held_out_windows(split, data["offsets"], args.length)  # (U,) both
+    start = start[users]                                            # (n,)
+    length = length[users]                                          # (n,)
+    items = torch.zeros(len(users), args.beam, dtype=torch.int32)   # (n, beam)
+    scores = torch.zeros(len(users), args.beam)                     # (n, beam)
+
+    torch.manual_seed(0)  # the same batches in all processes, also where a stopped run goes on
     batches = equal_length_batches(length, 1024)
-    for rows in tqdm(batches[args.rank::args.world], split, leave=False, disable=None):
-        history = data["events"][start[rows, None] + torch.arange(length[rows[0]])]  # (B, T)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            best, score = beam_search(model, trie, history.long().to(device), args.beam)
-        items[rows, :best.shape[1]], scores[rows, :best.shape[1]] = best.int().cpu(), score.cpu()
+    for rows in progress(batches[args.rank::args.world], split, args):
+        place = torch.arange(length[rows[0]])                       # (T,)
+        history = data["events"][start[rows, None] + place]         # (B, T)
+        history = history.long().to(args.device)                    # (B, T)
+        with autocast(args):
+            best, score = beam_search(model, trie, history, args.beam)
+        found = best.shape[1]  # fewer than `beam` where K ** L is smaller
+        items[rows, :found] = best.int().cpu()
+        scores[rows, :found] = score.cpu()
     return add_up(items), add_up(scores)
 
-def main(argv=None):
+
+def progress(steps, title, args):
+    """A bar that moves in a terminal while the steps are taken. -> what the loop runs over"""
+    hidden = True if args.rank > 0 else None  # None: hidden where no terminal is
+    return tqdm(steps, title, leave=False, disable=hidden)
+
+
+def autocast(args):
+    """Where --precision says so, products of matrices are computed in bfloat16."""
+    kind = torch.device(args.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=args.bf16)
+
+
+# --- The script ----------------------------------------------------------------------------------
+
+
+def options(argv):
+    """The command line. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
-    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
-    add("--device", default="auto", choices=sorted({"auto", "cpu", device}), help="auto: the best")
+    add("--device", default="auto", choices=sorted({"auto", "cpu", best_device()}),
+        help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--name", default="mscgrec", help="of this model's files and of its row in the table")
     add("--modalities", default="image,text,collab", help="whose codes a history shows")
@@ -327,123 +697,482 @@ def main(argv=None):
     add("--inner", type=int, default=256, help="width inside the feed-forward layers")
     add("--dropout", type=float, default=0.1, help="share of activations dropped in training")
     add("--lr", type=float, default=2e-3, help="learning rate of AdamW")
-    add("--batch", type=int, default=128, help="targets a training step")
+    add("--batch", type=int, default=128, help="targets a training step, of each process")
     add("--epochs", type=int, default=30, help="passes over the training events")
     add("--beam", type=int, default=20, help="prefixes kept in the search = items recommended")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
-    if parser.parse_known_args(argv)[0].smoke:
+    known, _ = parser.parse_known_args(argv)
+    if known.smoke:
         parser.set_defaults(epochs=1, width=16, layers=1, heads=2, inner=32)
     args = parser.parse_args(argv)
-    run, history = pathlib.Path(args.run), []
-    if args.history is not None:  # the model as it was trained
-        saved = load(run / f"generator-{args.name}.pt", "this script without --history")["options"]
-        images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
-        vars(args).update(saved | {"run": args.run, "history": args.history, "device": args.device})
-    modalities = args.modalities.split(",")
-    if not (args.target in modalities and args.lr > 0 and 0 <= args.masking <= 1 > args.dropout >= 0
-            and 0 <= args.seed < 2 ** 32 and min(args.length, args.width, args.layers, args.heads,
-            args.head, args.inner, args.batch, args.epochs, args.beam, args.max_steps + 1) > 0):
-        fail("--target is one of --modalities; sizes start at 1, --seed at 0, shares end below 1.")
-    device = torch.device(device if args.device == "auto" else args.device)
-    args.rank, args.world = join()
-    args.bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
-    torch.manual_seed(args.seed)
-    data = load(run / "data.pt", "01_data.py")
-    sources = [load(run / f"{m}_codes.pt", f"the script of {m} codes") for m in modalities]
-    N, U, D = len(data["item_ids"]) - 1, len(data["user_ids"]), len(modalities)
-    K, L = sources[0]["codebooks"].shape[1], sources[0]["codes"].shape[1]
-    if any(s["codes"].shape != (N + 1, L) or s["codebooks"].shape[1] != K for s in sources):
-        fail(f"codes of {args.modalities} are not of the {N} items of data.pt: make them again.")
-    codes = torch.stack([source["codes"] for source in sources], 1).long()  # (N+1, D, L)
-    known = torch.stack([source["known"] for source in sources], 1)  # (N+1, D)
-    target = modalities.index(args.target)
-    model = Generator(codes, known, target, [s["codebooks"] for s in sources], args).to(device)
-    codes = codes[:, target].to(device)  # (N+1, L)
-    trie, parameters = Trie(codes, K), sum(p.numel() for p in model.parameters())
+    check(args)
+    if args.device == "auto":
+        args.device = best_device()
+    args.bf16 = args.precision == "bf16"
+    if args.precision == "auto":
+        args.bf16 = args.device == "cuda"
+    return args
+
+
+def check(args):
+    """Ends the script where an option makes no sense."""
+    sizes = ("length", "width", "layers", "heads", "head", "inner", "batch", "epochs", "beam")
+    for name in sizes:
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: it starts at 1.")
+    if args.target not in args.modalities.split(","):
+        fail(f"--target is one of --modalities, which are {args.modalities}.")
+    if not 0 <= args.masking <= 1:
+        fail(f"--masking {args.masking}: from 0 to 1.")
+    if not 0 <= args.dropout < 1:
+        fail(f"--dropout {args.dropout}: from 0 to below 1.")
+    if not 0 < args.lr < math.inf:
+        fail(f"--lr {args.lr}: above 0.")
+    if not 0 <= args.seed < 2 ** 32:
+        fail(f"--seed {args.seed}: from 0 to below 2^32.")
+    if args.max_steps < 0:
+        fail(f"--max-steps {args.max_steps}: it starts at 0, which is no trial.")
+
+
+def main(argv=None):
+    args = options(argv)
+    run = Run(args.run)
+    args.rank, args.world = join(run)
     if args.history is not None:
-        model.load_state_dict(load(run / f"generator-{args.name}.pt", "this script")["weights"])
-        names = [f"{title} [{key}]" for title, key in zip(data["titles"], data["item_ids"])]
-        for part in args.history.split(";" if ";" in args.history else ","):
-            found = [i for i, name in enumerate(names) if part.strip().lower() in name.lower()]
-            if len(found) != 1:
-                fail(f"--history: {len(found)} titles have '{part}': give more of it, or an [id]."
-                     + "".join(f"\n  {names[i]}" for i in found[:10]))
-            history += found
-        history = torch.tensor([history[-args.length:]], device=device)  # (1, T)
-        pairs = zip(*(x[0].tolist() for x in beam_search(model.eval(), trie, history, args.beam)))
-        new = {i: f"{math.exp(s):6.1%}  {names[i]}" for i, s in pairs if i not in [0, *history[0]]}
-        pen = ImageDraw.Draw(page := Image.new("RGB", (1005, 290), "white"))
-        for n, i in [*enumerate(history[0, -10:].tolist()), *enumerate([*new][:10], 10)]:
-            x, y = 5 + n % 10 * 100, 5 + n // 10 * 145  # above the history, below what follows
-            page.paste(Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((95, 95)), (x, y))
-            pen.text((x, y + 97), textwrap.fill(names[i], 16, max_lines=3, placeholder=".."), 0)
-        page.save(run / "history.png")
-        return print("after", *(names[i] for i in history[0]), "probably", *new.values(), sep="\n")
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
-    parallel = model if args.world == 1 else \
-        nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
-    judges = torch.randperm(U)[:JUDGES]  # (judges,)
-    truth = data["events"][data["offsets"][1 + judges] - 2].unsqueeze(1)  # (judges, 1)
-    print(f"{args.name}: {parameters:,} parameters; a uniform guess has loss {math.log(N):.3f}")
-    checkpoint = run / f"generator-{args.name}.checkpoint"
-    state = resume(checkpoint, args, model=model, optimizer=optimizer)
-    losses, ndcg, began = state["losses"], state["ndcg"], time.time() - state["seconds"]
-    for epoch in range(len(losses), args.epochs):
-        torch.manual_seed(1000 * args.seed + epoch)  # the same batches in all processes
-        start, length = windows("train", data["offsets"], args.length)  # (W,) both
-        batches = equal_length_batches(length, args.batch * args.world)
-        model.train()
-        todo, seen = batches[:args.max_steps or None], 0
-        total = torch.zeros(L, device=device)  # (L,)
-        for i, batch in enumerate(tqdm(todo, f"epoch {epoch}", leave=False, disable=None)):
-            T = int(length[batch[0]])
-            done = (epoch + i / len(batches)) / args.epochs  # 0 to 1
-            lr = args.lr * min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
-            optimizer.param_groups[0]["lr"] = lr
-            share = start[batch[args.rank::args.world], None]  # (B, 1), of this process
-            events = data["events"][share + torch.arange(T + 1)].long().to(device)  # (B, T+1)
-            items = events[:, 1:].flatten()  # (B * T,)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                logits = parallel(events[:, :-1], events[:, 1:], args.masking * (D > 1))
-            by_level = code_losses(logits.flatten(0, 1), codes[items], items, trie,
-                                   not args.unconstrained)  # (L,)
-            if not by_level.isfinite().all():
-                fail(f"step {i}: the loss is no number, lower --lr; whole epochs: {checkpoint}")
-            # Every target weighs the same, also in a batch that its length left small.
-            (by_level.sum() / args.batch).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            total, seen = total + by_level.detach(), seen + len(batch) * T
-        losses.append(add_up(total).cpu() / max(1, seen))
-        if args.max_steps:
-            hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
-            return print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
-        top = recommend(model, trie, data, "valid", judges, args, device)[0][:, :10]  # (judges, 10)
-        gain = (top == truth) / torch.log2(2.0 + torch.arange(top.shape[1]))  # (judges, 10)
-        ndcg.append(gain.sum(1).mean().item())
-        print(f"epoch {epoch:3d}  loss {losses[-1].sum():.3f} = sum {losses[-1].numpy().round(2)}"
-              f"  validation NDCG@10 {ndcg[-1]:.4f}  {time.time() - began:.0f} s")
-        if ndcg[-1] >= max(ndcg):  # [6]
-            state["best"] = {name: w.cpu().clone() for name, w in model.state_dict().items()}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                  "seconds": time.time() - began, "options": vars(args)}
-        save(state, checkpoint)
+        show_recommendations(run, args)
+        return
+
+    torch.manual_seed(args.seed)
+    data = run.load("data.pt", "01_data.py")
+    sources = read_codes(run, data, args)
+    model, trie = build(sources, args)
+    state = train(model, trie, run, data, args)  # goes on where a stopped run left off
+    if args.max_steps:
+        return
+    write_model(state, run, args)
     model.load_state_dict(state["best"])
-    save({"weights": state["best"], "losses": torch.stack(losses), "ndcg": torch.tensor(ndcg),
-          "seconds": state["seconds"], "options": vars(args)}, run / f"generator-{args.name}.pt")
-    everyone, began = torch.arange(U), time.time()  # (U,)
-    test, scores = recommend(model, trie, data, "test", everyone, args, device)  # (U, beam) both
-    predict, peak = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    valid, _ = recommend(model, trie, data, "valid", everyone, args, device)  # (U, beam)
-    size = sum(t.nbytes for t in [*model.parameters(), *trie.keys, *trie.allowed, trie.leaf_item])
-    save({"name": args.name, "seed": args.seed, "valid": valid, "test": test, "scores": scores,
-          "seconds": {"train": state["seconds"], "predict": predict}, "parameters": parameters,
-          "bytes": size + 2 * N * D * L, "options": vars(args), "peak_memory": peak * 1024 ** (
-              sys.platform != "darwin")}, run / f"predictions-{args.name}-s{args.seed}.pt")
-    args.rank or checkpoint.unlink(missing_ok=True)
+    write_recommendations(model, trie, state, run, data, args)
+    if run.writes:
+        checkpoint_of(run, args).unlink(missing_ok=True)
+
+
+def read_codes(run, data, args):
+    """What the files of the modalities hold, by name. -> dict of dicts"""
+    sources = {}
+    for name in args.modalities.split(","):
+        sources[name] = run.load(f"{name}_codes.pt", f"the script of {name} codes")
+
+    N = len(data["item_ids"]) - 1
+    L = sources[args.target]["codes"].shape[1]
+    K = sources[args.target]["codebooks"].shape[1]
+    for source in sources.values():
+        if source["codes"].shape != (N + 1, L) or source["codebooks"].shape[1] != K:
+            fail(f"codes of {args.modalities} are not of the {N} items of data.pt: "
+                 "make them again.")
+    return sources
+
+
+def build(sources, args):
+    """The model, with its first random weights, and the tree of the codes that it writes."""
+    modalities = args.modalities.split(",")
+    model = Generator(sources, modalities, args.target, args)
+    target = sources[args.target]
+    trie = Trie(target["codes"], target["codebooks"].shape[1], args.device)
+    return model.to(args.device), trie
+
+
+def parameters(model):
+    """How many numbers are trained. -> int"""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def checkpoint_of(run, args):
+    return run.folder / f"generator-{args.name}.checkpoint"
+
+
+def train(model, trie, run, data, args):
+    """All epochs; the best one is chosen on validation. -> state
+
+    state: losses and ndcg of each epoch, seconds, best (weights by name).
+    """
+    N = len(data["item_ids"]) - 1
+    U = len(data["user_ids"])
+    print(f"{args.name}: {parameters(model):,} parameters; "
+          f"a uniform guess has loss {math.log(N):.3f}")
+    users = torch.randperm(U)[:VALIDATION_USERS]                    # (n,)
+    replica = model
+    if args.world > 1:
+        # The buffers are tables of codes, which every process has read: none need be sent.
+        replica = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
+    checkpoint = checkpoint_of(run, args).name
+    state = resume(run, checkpoint, args, model=model, optimizer=optimizer)
+    began = time.time() - state["seconds"]
+    every = min(10, max(1, args.epochs // 8))  # epochs that share a printed line
+
+    for epoch in range(len(state["losses"]), args.epochs):
+        losses = train_epoch(replica, trie, optimizer, state, epoch, data, args)  # (L,)
+        if args.max_steps:
+            return state
+        ndcg = validate(model, trie, data, users, args)
+        if ndcg >= max(state["ndcg"], default=0):  # [6]
+            weights = model.state_dict().items()
+            state["best"] = {name: weight.cpu().clone() for name, weight in weights}
+        state["losses"].append(losses)
+        state["ndcg"].append(ndcg)
+        state["seconds"] = time.time() - began
+        if epoch % every == 0:
+            report(epoch, state)
+        run.save({**state, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                  "options": vars(args)}, checkpoint)
+
+    best = max(state["ndcg"])
+    print(f"the best epoch is {state['ndcg'].index(best)}: validation NDCG@10 {best:.4f}")
+    return state
+
+
+def report(epoch, state):
+    """Prints a line: how far the loss of each code is, and what that is worth on validation."""
+    losses = state["losses"][epoch]                                 # (L,)
+    parts = " + ".join(f"{loss:.2f}" for loss in losses)
+    print(f"epoch {epoch:3d}  loss {losses.sum():.3f} = {parts}  "
+          f"validation NDCG@10 {state['ndcg'][epoch]:.4f}  {state['seconds']:.0f} s")
+
+
+def train_epoch(model, trie, optimizer, state, epoch, data, args):
+    """One pass over the training events. -> mean loss of each code, nats (L,)"""
+    torch.manual_seed(1000 * args.seed + epoch)  # the same batches in all processes
+    start, length = training_windows(data["offsets"], args.length)  # (W,) both
+    batches = equal_length_batches(length, args.batch * args.world)
+    todo = batches
+    if args.max_steps:
+        todo = batches[:args.max_steps]
+
+    model.train()
+    total = torch.zeros(trie.L, device=args.device)                 # (L,)
+    targets = 0
+    began = time.time()
+    title = f"epoch {epoch}"
+    if epoch > 0:
+        title += f" (before: loss {state['losses'][-1].sum():.3f}, NDCG@10 {state['ndcg'][-1]:.4f})"
+    for i, batch in enumerate(progress(todo, title, args)):
+        share = batch[args.rank::args.world]                        # (B,) of this process
+        T = int(length[batch[0]])
+        place = torch.arange(T + 1)                                 # (T+1,)
+        events = data["events"][start[share, None] + place]         # (B, T+1)
+        events = events.long().to(args.device)                      # (B, T+1)
+
+        done = (epoch + i / len(batches)) / args.epochs
+        optimizer.param_groups[0]["lr"] = learning_rate(done, args.lr)
+        losses = train_step(model, trie, optimizer, events, args)   # (L,)
+        if not losses.isfinite().all():
+            fail(f"step {i}: the loss is no number, lower --lr; whole epochs are in "
+                 f"generator-{args.name}.checkpoint.")
+        total += losses
+        targets += len(batch) * T
+
+    if args.max_steps:
+        hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
+        print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
+    return add_up(total).cpu() / max(1, targets)                    # (L,)
+
+
+def learning_rate(done, peak):
+    """It rises at first, and falls along half a cosine to 0. done: share of the training, 0 to 1"""
+    rise = min(1, done / WARM_UP)
+    fall = (1 + math.cos(math.pi * done)) / 2
+    return peak * rise * fall
+
+
+def train_step(model, trie, optimizer, events, args):
+    """One step of AdamW. events: (B, T+1), each of them but the first is a target.
+
+    -> this process's loss of each code, summed over its targets (L,)
+    """
+    history = events[:, :-1]                                        # (B, T)
+    target = events[:, 1:]                                          # (B, T)
+    with autocast(args):
+        logits = model(history, target, args.masking)               # (B, T, L, K)
+    logits = logits.flatten(0, 1)                                   # (B * T, L, K)
+    constrained = not args.unconstrained
+    losses = code_losses(logits, target.flatten(), trie, constrained)  # (L,)
+
+    # Divided by --batch, not by B * T: every target weighs the same, also in a batch that its
+    # length left small.
+    (losses.sum() / args.batch).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses.detach()                                          # (L,)
+
+
+def validate(model, trie, data, users, args):
+    """NDCG@10 on the validation events of some users. -> float"""
+    top, _ = recommend(model, trie, data, "valid", users, args)     # (n, beam)
+    top = top[:, :10]                                               # (n, 10)
+    target = data["events"][data["offsets"][1 + users] - 2]         # (n,)
+    hit = top == target.unsqueeze(1)                                # (n, 10)
+    # The item at place 0 counts 1 / log2(2), at place 1 1 / log2(3), ..
+    discount = torch.log2(2.0 + torch.arange(top.shape[1]))         # (10,)
+    gain = hit / discount                                           # (n, 10)
+    return gain.sum(1).mean().item()
+
+
+def write_model(state, run, args):
+    """The best epoch's weights, and the curves of the training."""
+    run.save({
+        "weights": state["best"],
+        "losses": torch.stack(state["losses"]),                     # (epochs, L)
+        "ndcg": torch.tensor(state["ndcg"]),                        # (epochs,)
+        "seconds": state["seconds"],
+        "options": vars(args),
+    }, f"generator-{args.name}.pt")
+
+
+def write_recommendations(model, trie, state, run, data, args):
+    """The best items for every user's test event and validation event."""
+    everyone = torch.arange(len(data["user_ids"]))                  # (U,)
+    began = time.time()
+    test, scores = recommend(model, trie, data, "test", everyone, args)  # (U, beam) both
+    seconds = {"train": state["seconds"], "predict": time.time() - began}
+    peak = peak_memory(args.device)
+    valid, _ = recommend(model, trie, data, "valid", everyone, args)  # (U, beam)
+
+    # What is needed to recommend: weights, tree, and the codes of all items in int16.
+    tensors = [*model.parameters(), *trie.edges, *trie.allowed, trie.leaf_item]
+    codes = 2 * model.shown[1:].numel()
+    run.save({
+        "name": args.name,
+        "seed": args.seed,
+        "valid": valid,
+        "test": test,
+        "scores": scores,
+        "seconds": seconds,
+        "parameters": parameters(model),
+        "bytes": sum(tensor.nbytes for tensor in tensors) + codes,
+        "peak_memory": peak,
+        "options": vars(args),
+    }, f"predictions-{args.name}-s{args.seed}.pt")
+
+
+# --- And then? What it recommends after some titles (--history) ----------------------------------
+
+
+def show_recommendations(run, args):
+    """Prints what a trained model recommends after the titles in --history; draws history.png."""
+    saved = run.load(f"generator-{args.name}.pt", "this script without --history")
+    images = run.load("images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
+    data = run.load("data.pt", "01_data.py")
+    trained = argparse.Namespace(**saved["options"])
+    trained.device = args.device  # it may have been trained elsewhere
+    model, trie = build(read_codes(run, data, trained), trained)
+    model.load_state_dict(saved["weights"])
+    model.eval()
+
+    names = [f"{title} [{key}]" for title, key in zip(data["titles"], data["item_ids"])]
+    history = find_items(args.history, names)[-trained.length:]
+    batch = torch.tensor([history], device=args.device)             # (1, T)
+    items, scores = beam_search(model, trie, batch, trained.beam)   # (1, beam) both
+
+    print("after")
+    for item in history:
+        print(names[item])
+    print("probably")
+    new = []
+    for item, score in zip(items[0].tolist(), scores[0].tolist()):
+        if item != 0 and item not in history:
+            print(f"{math.exp(score):6.1%}  {names[item]}")
+            new.append(item)
+
+    page = draw_history(history[-10:], new[:10], images, names)
+    with run.writing("history.png") as file:
+        page.save(file, "PNG")
+
+
+def find_items(wanted, names):
+    """The items that --history means. -> list of item numbers"""
+    separator = ";" if ";" in wanted else ","
+    found = []
+    for part in wanted.split(separator):
+        some = [i for i, name in enumerate(names) if part.strip().lower() in name.lower()]
+        if len(some) != 1:
+            listed = "".join(f"\n  {names[i]}" for i in some[:10])
+            fail(f"--history: {len(some)} titles have '{part}': give more of it, or an [id]."
+                 f"{listed}")
+        found += some
+    return found
+
+
+def draw_history(history, new, images, names):
+    """The pictures of the history, and below them those of what may come next. -> Image"""
+    page = Image.new("RGB", (1005, 290), "white")
+    pen = ImageDraw.Draw(page)
+    for row, items in enumerate((history, new)):
+        for column, item in enumerate(items):
+            x = 5 + 100 * column
+            y = 5 + 145 * row
+            pixels = images[item].permute(1, 2, 0).numpy()          # (S, S, 3)
+            page.paste(Image.fromarray(pixels).resize((95, 95)), (x, y))
+            title = textwrap.fill(names[item], 16, max_lines=3, placeholder="..")
+            pen.text((x, y + 97), title, "black")
+    return page
+
+
+# --- Files, stopped runs, several processes (the same text in every script that has it) ----------
+# Nothing below belongs to the method.
+
+
+def fail(message):
+    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def start(main):
+    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    if sys.version_info < (3, 11):
+        fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped: the same command goes on with what is written already.")
+    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
+
+
+class Run:
+    """The folder of one experiment: here the scripts meet, and nowhere else.
+
+    It remembers the SHA-256 of every file that this script has read. Whatever the script saves
+    carries them as `made_from`, so that codes of one shop never meet the events of another.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.made_from = {}  # name of a file -> its SHA-256
+        self.writes = True   # of several processes only the first one writes
+
+    def load(self, name, maker, mmap=False):
+        """Reads what the script `maker` wrote. -> dict of tensors, numbers, strings, lists, dicts
+
+        Ends the script where the file is missing, damaged, foreign, or made from other files than
+        those that were read before. mmap: tensors stay on the disk until they are used.
+        """
+        path = self.folder / name
+        try:
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
+            artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+            if maker == "01_data.py":
+                made_from = artifact["made_from"]  # KeyError: a foreign file of that name
+            else:
+                made_from = artifact.get("made_from", {})  # anybody may make codes, predictions
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except Exception as error:
+            fail(f"{path} is missing or damaged ({type(error).__name__}): "
+                 f"run {maker} with this --run.")
+        for other, then in made_from.items():
+            if self.made_from.get(other, then) != then:
+                fail(f"{path} was made from another {path.with_name(other)}: run {maker} again.")
+        self.made_from[name] = digest
+        return artifact
+
+    def save(self, artifact, name):
+        """Writes a dict of tensors, numbers, strings, lists and dicts as a .pt file."""
+        if self.writes:
+            with self.writing(name) as file:
+                torch.save({**artifact, "made_from": self.made_from}, file)
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        """Opens a file beside `name`, flushes it and renames it: nobody ever sees half a file."""
+        path = self.folder / name
+        partial = self.folder / f"{name}.partial"
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+            fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def resume(run, name, args, **parts):
+    """The state that a stopped run saved after its last whole epoch, or that of a new run.
+
+    parts (model, optimizer, ..) are restored in place. Every epoch draws its own random numbers,
+    so a run that goes on ends in the same bits as one that was never stopped.
+    """
+    path = run.folder / name
+    if args.fresh or args.max_steps or not path.exists():
+        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
+    state = run.load(name, "this script with --fresh")
+    del run.made_from[name]  # results are not made from a checkpoint
+
+    before = state["options"]
+    if before["world"] != args.world:
+        fail(f"{path} was begun by {before['world']} processes, not {args.world}: go on with as "
+             "many, or use --fresh.")
+    for option, now in vars(args).items():
+        free = option in ("run", "device", "rank", "world", "fresh", "bf16")
+        if not free and before.get(option) != now:
+            fail(f"{path} began with --{option.replace('_', '-')} {before.get(option)}, not {now}: "
+                 "go on so, or use --fresh.")
+    for part_name, part in parts.items():
+        part.load_state_dict(state[part_name])
+    return state
+
+
+def join(run):
+    """Meets the other processes that torchrun started. -> number of this one, number of all"""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    # At the end, in this order: wait, as gloo's threads still hand tensors back; then leave.
+    atexit.register(dist.destroy_process_group)
+    atexit.register(time.sleep, 0.5)
+    if torch.cuda.is_available():
+        local = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    rank = dist.get_rank()
+    if rank > 0:  # only the first process prints and writes
+        sys.stdout = open(os.devnull, "w")
+        run.writes = False
+    return rank, dist.get_world_size()
+
+
+def add_up(x):
+    """The sum of a tensor over all processes, in place. x: any shape -> the same tensor"""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def best_device():
+    """cuda, mps or another accelerator of this machine, else cpu. -> str"""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
+
+def peak_memory(device):
+    """Most memory in use so far: the GPU's if it computes, else this process's. -> bytes, or nan"""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if resource is None:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak  # macOS counts in bytes
+    return 1024 * peak  # Linux in KiB
+
 
 if __name__ == "__main__":
-    main()
+    start(main)

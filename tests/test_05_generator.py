@@ -10,6 +10,12 @@ from conftest import run_script
 N, K, L, D, T = 60, 8, 4, 2, 5
 
 
+def source(codes, K=K):
+    """What the file of a modality holds: all items are known, and the centroids are random."""
+    known = torch.arange(len(codes)) > 0
+    return {"codes": codes, "known": known, "codebooks": torch.randn(3, K, 6)}
+
+
 @pytest.fixture()
 def parts(scripts):
     """A small random catalogue with its tree, and an untrained generator with some life in it."""
@@ -21,10 +27,10 @@ def parts(scripts):
     codes = torch.full((N + 1, L), -1)
     codes[1:] = every[torch.randperm(len(every))[:N]]
     trie = generator.Trie(codes, K)
-    both = torch.stack([torch.randint(K, (N + 1, L)), codes.clamp(min=0)], 1)
+    other = torch.randint(K, (N + 1, L))
+    sources = {"other": source(other), "written": source(codes)}
     size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=2, dropout=0.0)
-    known = torch.ones(N + 1, D, dtype=torch.bool)
-    model = generator.Generator(both, known, 1, [torch.randn(3, K, 6)] * D, size).eval()
+    model = generator.Generator(sources, ["other", "written"], "written", size).eval()
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)  # biases start at zero: give each parameter a say
     return generator, codes, trie, model
@@ -45,7 +51,7 @@ def test_mask_equals_brute_force(parts):
         node = torch.tensor(0)
         for l in range(L):
             prefix = codes[item, :l].tolist()
-            assert torch.equal(trie.barred(l, trie.path[item, l]) == 0, brute_force_children(codes, prefix))
+            assert torch.equal(trie.log_allowed(l, trie.path[item, l]) == 0, brute_force_children(codes, prefix))
             assert trie.path[item, l] == node
             node = trie.descend(l, node, codes[item, l])
         assert trie.leaf_item[node] == item
@@ -55,8 +61,8 @@ def test_constrained_loss_is_a_softmax_over_the_valid_children(parts):
     generator, codes, trie, _ = parts
     items = torch.randint(1, N + 1, (17,))
     logits = torch.randn(17, L, K)
-    losses = generator.code_losses(logits, codes[items], items, trie)
-    plain = generator.code_losses(logits, codes[items], items, trie, constrained=False)
+    losses = generator.code_losses(logits, items, trie)
+    plain = generator.code_losses(logits, items, trie, constrained=False)
     for l in range(L):
         by_hand, by_hand_plain = [], []
         for n, item in enumerate(items.tolist()):
@@ -74,7 +80,7 @@ def exhaustive(generator, codes, trie, model, history):
     for item in range(1, N + 1):
         target = torch.full_like(history, item)
         logits = model(history, target)[:, -1]  # only the last position counts
-        losses = generator.code_losses(logits, codes[[item]], torch.tensor([item]), trie)
+        losses = generator.code_losses(logits, torch.tensor([item]), trie)
         scores.append(-losses.sum())
     return torch.stack(scores)
 
@@ -146,8 +152,8 @@ def test_token_embeddings_start_as_their_centroids(scripts):
     """Distances between token embeddings are those between centroids, up to one scale."""
     codebook = torch.randn(3, K, 6)
     size = argparse.Namespace(width=16, layers=1, heads=2, head=8, inner=16, dropout=0.0)
-    model = scripts[5].Generator(torch.zeros(2, 1, 4, dtype=torch.long), torch.ones(2, 1, dtype=torch.bool), 0,
-                                 [codebook], size)
+    only = source(torch.zeros(2, 4, dtype=torch.long)) | {"codebooks": codebook}
+    model = scripts[5].Generator({"only": only}, ["only"], "only", size)
     x = model.tokens.weight[:3 * K].detach()
     ratio = torch.cdist(x, x) / torch.cdist(codebook.flatten(0, 1), codebook.flatten(0, 1))
     off_diagonal = ratio[~torch.eye(3 * K, dtype=torch.bool)]
@@ -167,7 +173,7 @@ def test_windows_cover_each_training_target_once(scripts, number):
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     for seed in range(5):
         torch.manual_seed(seed)
-        start, length = scripts[number].windows("train", offsets, 7)
+        start, length = scripts[number].training_windows(offsets, 7)
         targets = [s + 1 + i for s, n in zip(start.tolist(), length.tolist()) for i in range(n)]
         expected = [i for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist()) for i in range(a + 1, b - 2)]
         assert sorted(targets) == expected and 1 <= length.min() and length.max() <= 7
