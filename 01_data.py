@@ -1,12 +1,17 @@
 """01: the events, texts and pictures of a shop, in one form for the five scripts that follow.
 
-Draws a toy shop, reads a folder, or downloads a category of Amazon Reviews 2023; drops malformed
-lines and repeats, keeps the 5-core, puts every user's events in order of time: the last one is
-for the test, the last but one for validation, the rest for training.
+Draws a toy shop, reads a folder, or downloads a category of Amazon Reviews 2023. Drops malformed
+lines and repeats, and keeps the 5-core: users and items that have at least five events each. Puts
+every user's events e_1 .. e_n in order of time, of which each part of the work gets its own:
+
+    training  e_1 .. e_(n-2)          validation  e_(n-1)          test  e_n
 
     python 01_data.py                                       # the toy shop
     python 01_data.py --run runs/beauty --dataset Beauty_and_Personal_Care
     python 01_data.py --run runs/mine --dataset my_folder   # reviews.jsonl, meta.jsonl, images/
+
+letters  U users, N items, S side of a picture; n items of the toy shop before the 5-core, n rows
+         of anything else
 
 writes  data.pt
           events         int32 (events)   item ids, users one after another, each in order of time
@@ -25,354 +30,415 @@ writes  items.png        what 24 items and one user's history look like at this 
 
 On the toy shop: 3 seconds, 0.3 GiB (2 cores of an AMD EPYC).
 """
-import argparse, array, collections, colorsys, csv, functools, gzip, hashlib, io, ipaddress, json
-import mmap, multiprocessing.pool, os, re, socket, sys, tempfile, textwrap, time, zlib
+import argparse
+import array
+import collections
+import colorsys
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import ipaddress
+import itertools
+import json
+import multiprocessing.pool
+import os
+import re
+import socket
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import zipfile
+import zlib
 from pathlib import Path
+from urllib.parse import urlsplit
+
 import numpy as np
-import requests, torch
+import requests
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from requests.packages import urllib3  # requests brings it
 from tqdm import tqdm
 
-MIN_EVENTS = 3                      # a user needs one event each to train, validate and test
-FETCHERS, DECODERS = 32, 4          # threads; decoding takes memory, which each of them keeps
-Image.MAX_IMAGE_PIXELS = 12_500_000  # Pillow refuses twice as many: an attack on memory
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")     # Pillow would run a program for PostScript
-HOSTS = ["https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw",
-         "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023/raw"]
-BROKEN = requests.packages.urllib3.exceptions.HTTPError     # a transfer that may go on
-TRIES, PAUSE, PATIENCE, TIMEOUT = 6, 0.25, 60, (10, 60)  # seconds: the last to connect, to go on
-LONGEST = {".gz": 100 << 30, ".jpg": 50 << 20, "line": 1 << 24}     # bytes; no host is trusted
-RANGES = {"k_core": range(1, 10 ** 6), "image_size": range(1025)}
-LAST_TIME = 4_102_444_800_000       # the year 2100 in milliseconds; seconds and ranks are less
-MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-def fail(message):
-    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
-    print(message, file=sys.stderr)
-    sys.exit(2)
+MIN_EVENTS = 3  # a user needs one event each to train, validate and test
 
-def save(artifact, path):
-    """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(artifact | {"made_from": MADE_FROM}, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
-        partial.unlink(missing_ok=True)
-        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
 
-# --- The toy shop --------------------------------------------------------------------------------
-# Colour and pattern are seen only in the picture, the material is named only in the text, the
-# circle shows only in what follows what. The next item is drawn from a softmax of the sum of:
-POPULARITY = 0.5    # -POPULARITY * log(rank): Zipf's law, a few items sell and most are rare
-TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}    # the item has the customer's favourite
-COMPANION, FOLLOWING = 4.5, 0.5     # it is of the circle, the category, that follows the last one
-WHIM = 0.1          # share of events that ignore all this: any item, equally likely
-INCOMPLETE, CIRCLES = 0.05, 25      # share without picture, without text; circles of items
-COLOURS = "red amber lime green cyan blue violet magenta".split()   # eight hues, evenly spaced
-PATTERNS = {"plain": lambda x, y: x < 0, "stripes": lambda x, y: y % 1 < 0.5,  # where to paint pale
-            "bars": lambda x, y: x % 1 < 0.5, "diagonals": lambda x, y: (x + y) % 1 < 0.5,
-            "checks": lambda x, y: (x % 1 < 0.5) ^ (y % 1 < 0.5),
-            "dots": lambda x, y: (x % 1 - 0.5) ** 2 + (y % 1 - 0.5) ** 2 < 0.1}
-SHAPES = {"bag": "04 24 31 61 74 94 99 09", "bottle": "40 50 53 73 79 29 23 43",  # corners: x, y
-          "bowl": "03 93 86 69 39 16", "chair": "10 30 35 85 89 69 67 37 39 19",   # in ninths
-          "clock": "20 70 92 97 79 29 07 02", "cushion": "00 52 90 75 99 57 09 25",
-          "hat": "20 70 76 96 99 09 06 26", "lamp": "30 60 95 55 58 79 29 48 45 05",
-          "mug": "00 60 61 91 97 67 66 86 82 62 69 09", "stool": "02 92 99 79 75 25 29 09",
-          "tray": "02 92 87 17", "vase": "20 70 63 96 79 29 06 33"}
+# --- The toy shop: what its customers take --------------------------------------------------------
+# Nobody needs to download anything, and here the truth is known. After item j, customer u takes
+# item i with probability p(i | u, j) = exp(score(u, i, j)) / sum over all items of the same, where
+#
+#   score(u, i, j) = - 0.5 log rank(i)                              few items sell, most are rare
+#                    + 3.0 [colour(i) is the favourite of u]        seen only in the picture
+#                    + 1.5 [pattern(i) is the favourite of u]       seen only in the picture
+#                    + 3.0 [material(i) is the favourite of u]      named only in the text
+#                    + 4.5 [circle(i) = companion(circle(j))]       known only from purchases
+#                    + 0.5 [category(i) = following(category(j))]   in picture and title
+#
+# and [..] is 1 if what it says is true, else 0. Nobody takes an item twice.
+
+POPULARITY = 0.5  # Zipf's law: the item of rank r sells like 1 / r to this power
+TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}
+COMPANION = 4.5
+FOLLOWING = 0.5
+WHIM = 0.1        # share of events that ignore all this: any item, equally likely
+INCOMPLETE = 0.05  # share of items without a picture, and of items without a text
+CIRCLES = 25      # the items are dealt into so many circles
+LONGEST_WALK = 20  # events of the busiest customer
+
+COLOURS = "red amber lime green cyan blue violet magenta".split()  # eight hues, evenly spaced
+PATTERNS = "plain stripes bars diagonals checks dots".split()
+SHAPES = {  # the corners of each category's outline, x and y in ninths of its size
+    "bag": "04 24 31 61 74 94 99 09",
+    "bottle": "40 50 53 73 79 29 23 43",
+    "bowl": "03 93 86 69 39 16",
+    "chair": "10 30 35 85 89 69 67 37 39 19",
+    "clock": "20 70 92 97 79 29 07 02",
+    "cushion": "00 52 90 75 99 57 09 25",
+    "hat": "20 70 76 96 99 09 06 26",
+    "lamp": "30 60 95 55 58 79 29 48 45 05",
+    "mug": "00 60 61 91 97 67 66 86 82 62 69 09",
+    "stool": "02 92 99 79 75 25 29 09",
+    "tray": "02 92 87 17",
+    "vase": "20 70 63 96 79 29 06 33",
+}
 MATERIALS = "cotton wool linen leather oak bamboo steel brass glass ceramic".split()
 MAKERS = "Alder Brook Calder Dunmore Elmway Fenwick Garrow Hollis Ivesen Kestrel".split()
-TITLES = ("{maker} {material} {category}", "A {category} by {maker}", "The {maker} {category}")
-ABOUT = ("{maker} makes this {category} from chosen {material}. It ships within two days.",
-         "A {category} of {material}, made to be used every day.", "Finished by hand: {material}.")
+TITLES = [
+    "{maker} {material} {category}",
+    "A {category} by {maker}",
+    "The {maker} {category}",
+]
+ABOUT = [
+    "{maker} makes this {category} from chosen {material}. It ships within two days.",
+    "A {category} of {material}, made to be used every day.",
+    "Finished by hand: {material}.",
+]
+PROPERTIES = {  # what is true of an item; the order is that of the random draws
+    "category": list(SHAPES),
+    "colour": COLOURS,
+    "pattern": PATTERNS,
+    "material": MATERIALS,
+    "circle": range(CIRCLES),
+}
+
+
+def toy_shop(n, U, S, seed):
+    """Draws n items and what U customers take of them. The same seed gives the same shop.
+
+    -> events, items, open_picture, as every door gives them (see "Reading what people have"), and
+    the truth: for each property the number of its value, (n,)
+    """
+    rng = np.random.default_rng(seed)
+    truth = {}
+    for name, values in PROPERTIES.items():
+        truth[name] = rng.integers(len(values), size=n)         # (n,)
+    walks = walk(truth, U, rng)                                 # (U, LONGEST_WALK)
+    items = describe(truth, rng)
+
+    def open_picture(item_id, look):
+        return draw(look, S) if look else None
+
+    return toy_events(walks), items, open_picture, truth
+
+
+def walk(truth, U, rng):
+    """Each customer takes one item after another. -> (U, LONGEST_WALK) items, then -1"""
+    n = len(truth["circle"])
+
+    # What a customer likes whatever came before: best sellers, and the own three favourites.
+    rank = 1 + rng.permutation(n)                               # (n,)
+    taste = np.tile(-POPULARITY * np.log(rank), (U, 1))         # (U, n)
+    for name, weight in TASTE.items():
+        favourite = rng.integers(len(PROPERTIES[name]), size=(U, 1))  # (U, 1)
+        taste += weight * (truth[name] == favourite)            # (U, n)
+
+    # After an item of one circle people like those of its companion circle, whatever they look
+    # like. A category is followed by another in the same way, but weakly.
+    companion = rng.permutation(CIRCLES)                        # (circles,)
+    following = rng.permutation(len(SHAPES))                    # (categories,)
+
+    # 5 to 20 events a customer, 8.5 on average.
+    lengths = 4 + rng.geometric(1 / 4.5, U)                     # (U,)
+    lengths = np.minimum(lengths, min(LONGEST_WALK, n))         # (U,)
+
+    # All customers take their first item, then all take their second, and so on.
+    walks = np.full((U, LONGEST_WALK), -1)                      # (U, LONGEST_WALK)
+    for step in range(lengths.max()):
+        active = np.flatnonzero(lengths > step)                 # (active,)
+        score = taste[active]                                   # (active, n)
+        if step > 0:
+            previous = walks[active, step - 1]                  # (active,)
+            circle = companion[truth["circle"][previous]]       # (active,)
+            category = following[truth["category"][previous]]   # (active,)
+            score += COMPANION * (truth["circle"] == circle[:, None])
+            score += FOLLOWING * (truth["category"] == category[:, None])
+
+        # On a whim all scores are 0, so that the softmax below is the same for all items;
+        # an item that the customer has already stays at minus infinity.
+        whim = rng.random(len(active)) < WHIM                   # (active,)
+        had = np.isinf(score[whim])                             # (whims, n)
+        score[whim] = np.where(had, -np.inf, 0)
+
+        choice = draw_from_softmax(score, rng)                  # (active,)
+        walks[active, step] = choice
+        taste[active, choice] = -np.inf
+    return walks
+
+
+def draw_from_softmax(score, rng):
+    """One column for each row, column i with probability exp(score[i]) / sum_j exp(score[j]).
+
+    score: (rows, n) -> (rows,). The Gumbel trick: add -log(-log u) with u uniform in (0, 1), fresh
+    for every cell, and take the largest. It draws from exactly that distribution, and neither
+    exponentials nor sums can overflow. The scores are overwritten.
+    """
+    score += rng.gumbel(size=score.shape)                       # (rows, n)
+    return score.argmax(1)                                      # (rows,)
+
+
+def toy_events(walks):
+    """The walks as a shop's log: (user, item, time), where the time is the step."""
+    for user, step in np.argwhere(walks >= 0):
+        yield f"user{user:06d}", f"item{walks[user, step]:06d}", step
+
+
+def describe(truth, rng):
+    """Writes the catalogue: title, text and what the picture will show. -> n dicts"""
+    items = []
+    for i in range(len(truth["circle"])):
+        words = {}
+        for name, values in PROPERTIES.items():
+            words[name] = values[truth[name][i]]
+        words["maker"] = rng.choice(MAKERS)
+        words["seed"] = rng.integers(1 << 30)
+
+        title = rng.choice(TITLES).format(**words)
+        text = rng.choice(ABOUT).format(**words)
+        look = "{category} {colour} {pattern} {seed}".format(**words)
+        has_text = rng.random() > INCOMPLETE
+        has_picture = rng.random() > INCOMPLETE
+        items.append({
+            "item_id": f"item{i:06d}",
+            "title": title,
+            "text": text if has_text else "",
+            "categories": [words["category"]],
+            "picture": look if has_picture else "",
+        })
+    return items
+
+
+# --- The toy shop: what its pictures show ---------------------------------------------------------
+# An outline says the category, its colour and pattern say themselves. Size, place, tint, light and
+# noise differ from picture to picture and mean nothing, as in photographs.
+
 
 def draw(look, S):
-    """Draws, say, "bag red dots 17" at 3 S; 17 seeds what is chance: size, place, tint, noise."""
+    """Draws, say, "bag red dots 17"; 17 is the seed of what means nothing. -> Image, 3 S x 3 S"""
     category, colour, pattern, seed = look.split()
-    rng, side = np.random.default_rng(int(seed)), 3 * S
-    size, left, top = rng.uniform((0.7, 0, 0), (0.9, 0.1, 0.1))
-    corners = [(side * (left + size * int(x) / 9), side * (top + size * int(y) / 9))
-               for x, y in SHAPES[category].split()]
-    ImageDraw.Draw(mask := Image.new("L", (side, side))).polygon(corners, fill=255)
-    y, x = np.mgrid[:side, :side] * rng.uniform(3.5, 4.5) / side + rng.uniform(0, 1, (2, 1, 1))
-    hue = (COLOURS.index(colour) / len(COLOURS) + rng.normal(0, 0.01)) % 1
-    ink = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 1), rng.uniform(0.7, 0.95)))
-    paper = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.15), 0.95))
-    pixels = np.where(PATTERNS[pattern](x, y)[..., None], 0.4 * ink + 0.6 * 255, ink)
-    pixels = np.where(np.array(mask)[..., None] > 0, pixels, paper)  # (3S, 3S, 3)
-    return Image.fromarray((pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8))
+    rng = np.random.default_rng(int(seed))
+    side = 3 * S  # drawn larger, so that edges are smooth when it is squeezed to S
 
-def toy_shop(n, U, seed):
-    """-> events and catalogue as a shop would log them, and the truth behind them."""
-    rng = np.random.default_rng(seed)
-    words = dict(category=list(SHAPES), colour=COLOURS, pattern=list(PATTERNS),
-                 material=MATERIALS, circle=range(CIRCLES))
-    truth = {name: rng.integers(len(values), size=n) for name, values in words.items()}  # (n,) each
-    taste = np.tile(-POPULARITY * np.log(1 + rng.permutation(n)), (U, 1))  # (U, n)
-    for name, weight in TASTE.items():
-        taste += weight * (truth[name] == rng.integers(len(words[name]), size=(U, 1)))
-    companion, following = rng.permutation(CIRCLES), rng.permutation(len(SHAPES))
-    lengths = np.minimum(4 + rng.geometric(1 / 4.5, U), min(20, n))  # (U,)
-    walked = np.full((U, 20), -1)  # (U, 20)
-    for t in range(lengths.max()):          # all customers take their step t at once
-        active = np.flatnonzero(lengths > t)  # (active,)
-        score = taste[active]  # (active, n)
-        if t > 0:
-            previous = walked[active, t - 1, None]  # (active, 1)
-            score += COMPANION * (truth["circle"] == companion[truth["circle"][previous]])
-            score += FOLLOWING * (truth["category"] == following[truth["category"][previous]])
-        score[rng.random(len(active)) < WHIM] *= 1e-9   # all alike; what was taken stays -inf
-        score += rng.gumbel(size=score.shape)   # argmax of score + Gumbel noise ~ softmax(score)
-        walked[active, t] = score.argmax(1)
-        taste[active, walked[active, t]] = -np.inf      # nobody takes an item twice
-    events = ({"user_id": f"user{u:06d}", "asin": f"item{walked[u, t]:06d}", "timestamp": t}
-              for u, t in np.argwhere(walked >= 0))
-    catalogue = []
-    for i in range(n):
-        word = {name: values[truth[name][i]] for name, values in words.items()}
-        word |= {"maker": rng.choice(MAKERS), "seed": rng.integers(1 << 30)}
-        title, about, look = (template.format(**word) for template in (
-            rng.choice(TITLES), rng.choice(ABOUT), "{category} {colour} {pattern} {seed}"))
-        catalogue.append({"asin": f"item{i:06d}", "title": title, "categories": [word["category"]],
-                          "description": [about] * (rng.random() > INCOMPLETE),
-                          "images": [{"large": look}] * (rng.random() > INCOMPLETE)})
-    return events, catalogue, {name: values.tolist() for name, values in truth.items()}
+    # The outline, somewhere in the picture.
+    size = rng.uniform(0.7, 0.9)
+    left = rng.uniform(0, 0.1)
+    top = rng.uniform(0, 0.1)
+    corners = []
+    for corner in SHAPES[category].split():
+        x = left + size * int(corner[0]) / 9
+        y = top + size * int(corner[1]) / 9
+        corners.append((side * x, side * y))
+    mask = Image.new("L", (side, side))
+    ImageDraw.Draw(mask).polygon(corners, fill=255)
+    inside = np.array(mask)[..., None] > 0                      # (3S, 3S, 1)
 
-# --- Reading: one dict a line, whatever the format -----------------------------------------------
-def rows(path, counts):
-    """Yields the records of a .jsonl or .csv, perhaps packed as .gz; counts malformed lines."""
-    with open(path, "rb") as raw, tqdm.wrapattr(raw, "read", total=path.stat().st_size,
-                                                desc=path.name, disable=None, leave=False) as file:
-        lines = io.TextIOWrapper(gzip.open(file) if path.suffix == ".gz" else file, "utf-8-sig",
-                                 "surrogateescape", newline="")
-        lines = iter(functools.partial(lines.readline, LONGEST["line"]), "")
-        csv.field_size_limit(LONGEST["line"])
-        table = csv.DictReader(lines, strict=True) if ".csv" in path.name else None
-        decode, bad = json.JSONDecoder().raw_decode, f"{path.name}: malformed line"
-        while begin := max(1, table.reader.line_num if table else 0):  # lines read, or the header
-            try:
-                row, end = (next(table), 0) if table else decode(line := next(lines).lstrip())
-                assert isinstance(row, dict) and not (None in row if table else line[end:].strip())
-                yield row
-            except StopIteration:
-                return
-            except (OSError, EOFError, zlib.error) as error:
-                fail(f"{path} breaks off ({error}): delete it and get it again.")
-            except (AssertionError, ValueError, RecursionError, csv.Error):
-                counts[bad] += table.reader.line_num - begin if table else 1  # a lost quote: many
+    # Its pattern: about four periods across the picture, begun anywhere.
+    row, column = np.mgrid[:side, :side]                        # (3S, 3S) each
+    periods = rng.uniform(3.5, 4.5)
+    y = row * periods / side + rng.uniform(0, 1)                # (3S, 3S)
+    x = column * periods / side + rng.uniform(0, 1)             # (3S, 3S)
+    pale = pale_places(pattern, x, y)[..., None]                    # (3S, 3S, 1)
 
-item_of = lambda row: row.get("parent_asin", row.get("asin", row.get("item_id")))  # or PixelRec's
+    # Its colour, and another for the background. hsv is hue, saturation and brightness.
+    hue = COLOURS.index(colour) / len(COLOURS) + rng.normal(0, 0.01)
+    ink = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.75, 1), rng.uniform(0.7, 0.95))
+    ink = 255 * np.array(ink)                                   # (3,)
+    paper = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.15), 0.95)
+    paper = 255 * np.array(paper)                               # (3,)
 
-class Numbers(dict):
-    """id -> 0, 1, 2, ... in order of appearance. AssertionError, TypeError: that is none."""
-    def __missing__(self, value):
-        name = str(value)
-        assert type(value) in (str, int) and 0 < len(name) < 256 and name.isprintable()
-        return self.setdefault(name, len(self))
+    pixels = np.where(pale, 0.4 * ink + 0.6 * 255, ink)         # (3S, 3S, 3)
+    pixels = np.where(inside, pixels, paper)                    # (3S, 3S, 3)
+    pixels = pixels + rng.normal(0, 8, pixels.shape)            # (3S, 3S, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
-def read_events(source, counts):
-    """Three numbers an event: -> user, item int32 (events), time float64 (events), both ids."""
-    users, items, user, item, time = Numbers(), Numbers(), *map(array.array, "iid")
-    for row in source:
-        u = i = None
-        try:
-            u = users[row["user_id"]]
-            i = items[item_of(row)]
-            assert 0 <= (t := float(row["timestamp"])) < LAST_TIME
-            user.append(u), item.append(i), time.append(t)
-        except (AssertionError, KeyError, TypeError, ValueError, OverflowError):
-            why = "no user" if u is None else "no item" if i is None else "bad time"
-            counts[f"events: {why}"] += 1
-    counts["events: well-formed"] = len(time)
-    return np.array(user), np.array(item), np.array(time), list(users), list(items)
 
-def download(session, url, path):
-    """Fetches url, going on where an earlier try broke off. Raises requests.RequestException."""
-    partial, tag = (path.with_name(path.name + end) for end in (".partial", ".etag"))
-    for n in range(TRIES):
-        time.sleep(PAUSE * (2 ** n - 1))
-        version = tag.read_text() if tag.exists() and partial.exists() else ""
-        have, headers = partial.stat().st_size if version else 0, {"Accept-Encoding": "identity"}
-        if have:                     # the rest; or all of it if the file has changed since
-            headers |= {"Range": f"bytes={have}-", "If-Range": version}
-        try:
-            with session.get(url, headers=headers, stream=True, timeout=TIMEOUT,
-                             allow_redirects=path.suffix == ".gz") as reply:
-                get, status = reply.headers.get, reply.status_code
-                now = get("ETag") or get("Last-Modified") or version * (status == 206)
-                if status in (416, 429) or status >= 500 or status == 206 and now != version:
-                    tag.write_text("" if status < 429 else version)     # no rest of it: anew
-                    time.sleep(min(float(re.sub(r"\D", "", get("Retry-After", "")) or 0), PATIENCE))
-                    raise BROKEN(f"status {status}")
-                reply.raise_for_status()
-                have, kind = have * (status == 206), get("Content-Type", "")
-                tag.write_text(now)
-                with open(partial, "ab" if have else "wb") as file, tqdm.wrapattr(
-                        file, "write", have + (reply.raw.length_remaining or 0), desc=path.name,
-                        initial=have, disable=path.suffix != ".gz" or None) as progress:
-                    while have <= LONGEST[path.suffix] and (part := reply.raw.read(1 << 18)):
-                        have += progress.write(part)    # raw: a .gz stays packed
-            tag.unlink()
-            if have <= LONGEST[path.suffix] and status < 300 and "html" not in kind:
-                return os.replace(partial, path)        # it gets its name when it is complete
-            partial.unlink()
-            raise requests.RequestException(f"{url} is endless, or no file")
-        except (requests.ConnectionError, requests.Timeout, BROKEN) as error:
-            problem = error
-    raise requests.RequestException(f"{url} failed {TRIES} times: {problem}")
+def pale_places(pattern, x, y):
+    """Where a pattern is painted pale. x, y: (n, n) places, its period is 1 -> bool (n, n)"""
+    x = x % 1                                                   # (n, n)
+    y = y % 1                                                   # (n, n)
+    painted = {
+        "plain": np.zeros(x.shape, dtype=bool),
+        "stripes": y < 0.5,
+        "bars": x < 0.5,
+        "diagonals": (x + y) % 1 < 0.5,
+        "checks": (x < 0.5) != (y < 0.5),
+        "dots": (x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1,
+    }
+    return painted[pattern]
 
-def fetch_category(category, session, hosts, folder):
-    """Downloads what the folder lacks of the two files of a category of Amazon Reviews 2023."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for name, kind in ("reviews", "review_categories/"), ("meta", "meta_categories/meta_"):
-        path = folder / f"{name}.jsonl.gz"
-        for host in [] if path.exists() else hosts:
-            try:
-                download(session, f"{host.rstrip('/')}/{kind}{category}.jsonl.gz", path)
-                break
-            except (OSError, ValueError) as error:
-                problem = error
-        if not path.exists():
-            fail(f"{path} cannot be had ({problem}): check the category, the network, --base-url.")
 
-def open_folder(folder, session, hosts, counts):
-    """-> events and catalogue (one dict a line), and what opens an item's picture."""
-    tables = [p for k in ("*.jsonl", "*.jsonl.gz", "*.csv", "*/*.csv") for p in folder.glob(k)]
-    events = [path for path in tables       # told by its fields: PixelRec's two have one name
-              if any("user_id" in row for row, _ in zip(rows(path, counts.copy()), range(20)))]
-    if len(events) != 1 or len(tables) != 2:
-        fail(f"{folder} needs one file of events (with user_id), one of items: .jsonl(.gz), .csv.")
-    for path in tables:
-        name = str(path.relative_to(folder))
-        MADE_FROM[name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-    tables.remove(events[0])
-    def find(item_id, picture):
-        path = folder / "images" / f"{hashlib.sha256(item_id.encode()).hexdigest()}.jpg"
-        if session and picture and not path.exists():
-            host = requests.compat.urlsplit(picture)    # anybody may have written a data file
-            if host.netloc not in hosts and not all(ipaddress.ip_address(ip).is_global for *_, (
-                    ip, *_) in socket.getaddrinfo(host.hostname, None)):
-                raise PermissionError("a host of this machine or its network")
-            download(session, picture, path)
-        for at in (f"images/{path.name}", picture, f"images/{item_id}.jpg", f"cover/{item_id}.jpg"):
-            if ".." not in Path(at).parts and os.path.isfile(f"{folder}/{at}"):
-                return Image.open(f"{folder}/{at}", formats=FORMATS)
-    return rows(events[0], counts), rows(tables[0], counts), find
+# --- The rules: which events count, and in which order --------------------------------------------
+# The log is three columns, one row an event: user and item as numbers from 0, and a time. Each rule
+# says which rows stay. The same rules hold for every source.
 
-# --- The rules -----------------------------------------------------------------------------------
-def k_core(user, item, k):
-    """Drops users and items with too few events until none is left. -> the events that stay."""
-    kept, before = np.arange(len(user)), -1
-    while len(kept) != before:              # [3]
-        before, u, i = len(kept), user[kept], item[kept]
-        kept = kept[(np.bincount(u)[u] >= max(k, MIN_EVENTS)) & (np.bincount(i)[i] >= k)]
-    return kept
 
-def renumber(number, names):
-    """Counts those that are left from 0, in sorted order of their id. -> numbers (events,), ids."""
-    left, number = np.unique(number, return_inverse=True)
-    order = sorted(range(len(left)), key=lambda i: names[left[i]])
-    return np.argsort(order)[number], [names[left[i]] for i in order]
+def arrange(log, args, counts):
+    """Applies the rules one after another, and counts what each of them drops.
 
-def arrange(user, item, time, user_ids, item_ids, args, counts):
-    """Order, repeats, sample, k-core. -> events int32 (events), offsets int64 (U+1), both ids."""
+    log: what read_events gives
+    -> events int32 (events,), offsets int64 (U+1,), user_ids (U), item_ids (N)
+    """
+    user, item, when, user_ids, item_ids = log
     rng = np.random.default_rng(args.seed)
-    ties = np.arange(len(user)) if args.ties == "file" else rng.permutation(len(user))
-    order = np.lexsort((ties, time, user))              # file order can leak the test item [1]
-    user, item = user[order].astype(np.int64), item[order]
-    def keep(reason, chosen):
-        nonlocal user, item
-        counts[f"events: {reason}"] = len(user) - len(user[chosen])
-        user, item = user[chosen], item[chosen]
-    keep("repeats", np.sort(np.unique(user * len(item_ids) + item, return_index=True)[1]))
-    frequent = np.argsort(-np.bincount(item), kind="stable")[:args.max_items or None]
-    keep("beyond --max-items", np.isin(item, frequent))
-    able = rng.permutation(np.flatnonzero(np.bincount(user) >= max(args.k_core, MIN_EVENTS)))
-    keep("short history, or beyond --max-users", np.isin(user, able[:args.max_users or None]))
-    from_end = np.bincount(user).cumsum()[user] - np.arange(len(user))             # 1 is the last
-    keep("beyond --max-events", from_end <= (args.max_events or len(user)))
-    keep(f"outside the {args.k_core}-core", k_core(user, item, args.k_core))
-    if not len(user):
-        fail(f"{args.dataset}: no event is left in the {args.k_core}-core of {dict(+counts)}.")
+    order = order_of_time(user, when, args.ties, rng)           # (events,)
+    user = user[order].astype(np.int64)                         # (events,)
+    item = item[order]                                          # (events,)
+
+    rows = first_of_repeats(user, item, len(item_ids))
+    user, item = keep(rows, user, item, "repeats", counts)
+    rows = most_frequent(item, args.max_items)
+    user, item = keep(rows, user, item, "beyond --max-items", counts)
+    rows = drawn_users(user, args, rng)
+    user, item = keep(rows, user, item, "short history, or beyond --max-users", counts)
+    rows = last_events(user, args.max_events)
+    user, item = keep(rows, user, item, "beyond --max-events", counts)
+    rows = k_core(user, item, args.k_core)
+    user, item = keep(rows, user, item, f"outside the {args.k_core}-core", counts)
+    if len(user) == 0:
+        fail(f"{args.dataset}: no event is left in the {args.k_core}-core, the counts are "
+             f"{dict(+counts)}: lower --k-core, or see what was dropped.")
+
+    # Numbers without gaps, in sorted order of the ids. Items begin at 1: row 0 is padding.
     user, user_ids = renumber(user, user_ids)
     item, item_ids = renumber(item, item_ids)
-    by_user = np.argsort(user, kind="stable")
-    offsets = np.concatenate([[0], np.bincount(user).cumsum()])  # (U+1,)
-    return (1 + item[by_user]).astype(np.int32), offsets, user_ids, item_ids
+    by_user = np.argsort(user, kind="stable")                   # (events,), still in order of time
+    events = (1 + item[by_user]).astype(np.int32)               # (events,)
+    lengths = np.bincount(user)                                 # (U,)
+    offsets = np.concatenate([[0], lengths.cumsum()])           # (U+1,)
+    return events, offsets, user_ids, item_ids
 
-# --- Texts and pictures of the items that are left -----------------------------------------------
-def strings(value, deep=4):
-    """A real catalogue holds null, a string, a list or a list of lists in one field."""
-    if isinstance(value, list):
-        return [text for part in value[:2000 * deep] for text in strings(part, deep - 1)]
-    text = " ".join(str(value)[:10_000].split()) if type(value) in (str, int) else ""
-    text = re.sub(r"[\0-\x1f\x7f-\x9f]", "", text).encode("utf-8", "replace").decode()
-    return [text] if text else []
 
-def read_catalogue(source, item_ids, counts):
-    """-> titles, texts, categories, pictures (address, path or look; "": none): lists (N+1)."""
-    number = {item_id: i for i, item_id in enumerate(item_ids, 1)}
-    titles, texts, pictures = ([""] * (len(item_ids) + 1) for _ in range(3))
-    categories = [[] for _ in titles]
-    for row in source:
-        if not (i := number.pop(str(item_of(row)), 0)):
-            counts["catalogue: line of an item not kept, or its second"] += 1
-            continue
-        titles[i] = " ".join(strings(row.get("title")))[:500]
-        texts[i] = " ".join(strings([row.get("features"), row.get("description")]))[:2000]
-        categories[i] = strings(row.get("categories") or row.get("main_category") or row.get("tag"))
-        images = row.get("images") if isinstance(row.get("images"), list) else []
-        images = sorted((image for image in images if isinstance(image, dict)),
-                        key=lambda image: image.get("variant") != "MAIN")   # stable: else the first
-        sizes = [image.get(size) for image in images for size in ("large", "hi_res", "thumb")]
-        pictures[i] = (strings(sizes) + [""])[0]
-    counts["items: not in the catalogue"] = len(number)
-    return titles, texts, categories, pictures
+def keep(rows, user, item, reason, counts):
+    """Keeps these rows of the log, counts the others. rows: numbers (kept,) or bool (events,)"""
+    counts[f"events: {reason}"] = len(user) - len(user[rows])
+    return user[rows], item[rows]
 
-def write_images(path, find, item_ids, pictures, S, counts):
-    """Squeezes every picture to S x S, into a file rather than into memory. -> has_image (N+1,)"""
-    def squeeze(image):
-        image.draft("RGB", (2 * S, 2 * S))              # a JPEG decodes at 1/2, 1/4, 1/8 for less
-        if image.mode[0] == "I":                        # 16 bits, which Pillow would cut to 8
-            image = image.point(lambda value: value * (1 / 256)).convert("L")
-        image = ImageOps.exif_transpose(image).convert("RGBA").resize((S, S), Image.LANCZOS)
-        image = Image.alpha_composite(Image.new("RGBA", (S, S), "white"), image)
-        return np.array(image)[..., :3].transpose(2, 0, 1).tobytes()  # (3, S, S)
-    def fetch(i):
-        try:
-            image = find(item_ids[i - 1], pictures[i])
-            return ("picture", decoders.apply(squeeze, [image])) if image else ("no picture", blank)
-        except Exception as error:          # Pillow has no one error for a broken picture
-            return f"picture lost ({type(error).__name__})", blank
 
-    pool, blank = multiprocessing.pool.ThreadPool, bytes(3 * S * S)  # a write tells of a full disk
-    with (tempfile.TemporaryFile(dir=path.parent) as file, pool(DECODERS) as decoders,
-          pool(FETCHERS) as fetchers):
-        states, done = [file.write(blank)], fetchers.imap(fetch, range(1, len(pictures)), 16)
-        for state, pixels in tqdm(done, "pictures", len(item_ids), disable=None):  # after padding
-            states.append(state), file.write(pixels)
-        file.flush()
-        images = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
-        save({"images": images.view(-1, 3, S, S)}, path)  # (N+1, 3, S, S)
-    counts.update(f"items: {state}" for state in states[1:])
-    return torch.tensor([state == "picture" for state in states])  # (N+1,)
+def order_of_time(user, when, ties, rng):
+    """Sorts by user, then by time. user, when: (events,) -> (events,) the rows in that order"""
+    # Logs often give several events of a user the same time, and files are often sorted by item.
+    # If such ties kept the order of the file, a model could learn it and find the test item by
+    # its number: recall would grow and mean nothing. So chance decides. [1]
+    if ties == "file":
+        tie = np.arange(len(user))                              # (events,)
+    else:
+        tie = rng.permutation(len(user))                        # (events,)
+    return np.lexsort((tie, when, user))  # the last key counts most
 
-def draw_sheet(path, images, has_image, names, shown, history):
-    """24 items and, below, a history of 8: S x S pixels, all that the models see of a picture."""
-    pen = ImageDraw.Draw(page := Image.new("RGB", (900, 607), "white"))
-    pen.font = ImageFont.load_default(12)
-    pen.text((12, 448), "A user's history, the last two for validation and test:", "black")
-    for n, i in [*enumerate(shown), *enumerate(history, 24)]:
-        x, y = 12 + n % 8 * 111, 12 + n // 8 * 145 + n // 24 * 22
-        tile = Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((100, 100))
-        page.paste(tile if has_image[i] else "#ccc", (x, y, x + 100, y + 100))
-        pen.text((x, y + 103), textwrap.fill(names[i], 16, max_lines=2, placeholder="..."), 0)
-    page.save(path.with_suffix(".partial"), "PNG")
-    os.replace(path.with_suffix(".partial"), path)
 
-# --- The script ----------------------------------------------------------------------------------
-def main(argv=None):
+def first_of_repeats(user, item, n):
+    """Of a user's events with one item only the first counts. -> (kept,) rows"""
+    # One number for a pair: with n = 100 items, user 3 and item 7 are pair 307.
+    pair = user * n + item                                      # (events,)
+    _, first = np.unique(pair, return_index=True)               # (kept,)
+    return np.sort(first)
+
+
+def most_frequent(item, most):
+    """Only the most frequent items (most = 0: all). item: (events,) -> bool (events,)"""
+    frequency = np.bincount(item)                               # (n,)
+    order = np.argsort(-frequency, kind="stable")               # (n,)
+    return np.isin(item, order[:most or len(order)])
+
+
+def drawn_users(user, args, rng):
+    """Users with too few events go; --max-users draws some of the others. -> bool (events,)"""
+    enough = np.bincount(user) >= max(args.k_core, MIN_EVENTS)  # (n,)
+    drawn = rng.permutation(np.flatnonzero(enough))             # (users,)
+    return np.isin(user, drawn[:args.max_users or len(drawn)])
+
+
+def last_events(user, most):
+    """A user's last events only (most = 0: all). user: (events,), sorted -> bool (events,)"""
+    # How far is an event from the end of its user's events?
+    #   user       a a a b b c
+    #   row        0 1 2 3 4 5
+    #   end        3 3 3 5 5 6    the row behind the user's last event
+    #   from end   3 2 1 2 1 1
+    row = np.arange(len(user))                                  # (events,)
+    end = np.bincount(user).cumsum()[user]                      # (events,)
+    return end - row <= (most or len(user))
+
+
+def k_core(user, item, k):
+    """Drops users and items with fewer than k events, again and again until none is left.
+
+    Once is not enough: an item that goes takes events away from users who had just enough. [3]
+    user, item: (events,) -> (kept,) rows
+    """
+    kept = np.arange(len(user))                                 # (kept,)
+    before = -1
+    while len(kept) != before:
+        before = len(kept)
+        of_user = np.bincount(user[kept])[user[kept]]           # (kept,) events of that user
+        of_item = np.bincount(item[kept])[item[kept]]           # (kept,) events of that item
+        enough = (of_user >= max(k, MIN_EVENTS)) & (of_item >= k)
+        kept = kept[enough]                                     # (kept,)
+    return kept
+
+
+def renumber(number, ids):
+    """Numbers those that are left from 0, in sorted order of their ids.
+
+    number: (events,) rows of ids -> (events,) rows of the new ids, the new ids
+    """
+    # Say that of ids [d, b, a, c] the numbers 1, 0, 3 are left: b, d, c.
+    left, place = np.unique(number, return_inverse=True)        # left [0, 1, 3]: ids d, b, c
+    old_ids = [ids[i] for i in left]
+    order = sorted(range(len(left)), key=old_ids.__getitem__)   # [1, 2, 0]: b, c, d
+    new = np.empty(len(left), dtype=np.int64)                   # (left,)
+    new[order] = np.arange(len(left))                           # [2, 0, 1]: d is now 2
+    return new[place], [old_ids[i] for i in order]
+
+
+def count_training(events, offsets, N):
+    """How often each item is bought in training. events: (events,), offsets: (U+1,) -> (N+1,)"""
+    # Leave-one-out: nothing that a model or a baseline knows may come from the last two. [2]
+    test = offsets[1:] - 1                                      # (U,)
+    validation = offsets[1:] - 2                                # (U,)
+    training = np.delete(events, np.concatenate([test, validation]))
+    return np.bincount(training, minlength=N + 1)               # (N+1,)
+
+
+def most_bought(train_counts):
+    """Items from the most bought in training to the least. train_counts: (N+1,) -> (N,)"""
+    return 1 + np.argsort(-train_counts[1:], kind="stable")
+
+
+# --- The script -----------------------------------------------------------------------------------
+RANGES = {  # least and most of the options that are numbers
+    "k_core": (1, 1_000_000),
+    "max_events": (0, 2 ** 32 - 1),
+    "max_items": (0, 2 ** 32 - 1),
+    "max_users": (0, 2 ** 32 - 1),
+    "image_size": (0, 1024),
+    "seed": (0, 2 ** 32 - 1),
+}
+
+
+def options(argv):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/toy"), help="folder of this run")
@@ -388,62 +454,665 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of the toy shop, of ties, of --max-users")
     add("--device", default="auto", help="as in the other scripts; this one needs the CPU only")
     add("--smoke", action="store_true", help="seconds: 60 items, 200 users")
-    if parser.parse_known_args(argv)[0].smoke:
+    if parser.parse_args(argv).smoke:
         parser.set_defaults(max_items=60, max_users=200)
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, int) and value not in RANGES.get(name, range(2 ** 32)):
-            fail(f"--{name.replace('_', '-')} {value} is too small or too large.")
-    if args.dataset == "toy" and (args.max_items or 1050) * (args.max_users or 4000) > 10 ** 8:
-        fail("The toy shop ends at 100,000,000 pairs: lower --max-items or --max-users.")
-    S = args.image_size or (32 if args.dataset == "toy" else 64)
-    counts, session, truth = collections.Counter(), None, {}
-    if args.dataset == "toy":
-        events, items, truth = toy_shop(args.max_items or 1050, args.max_users or 4000, args.seed)
-        find = lambda item_id, look: look and draw(look, S)
-    else:
-        if not (folder := Path(args.dataset).expanduser()).is_dir():
-            if not re.fullmatch(r"[A-Z][A-Za-z_]+", args.dataset):
-                fail(f"{args.dataset} is neither toy, nor a folder here, nor an Amazon category.")
-            session, folder = requests.Session(), args.cache.expanduser() / args.dataset
-            session.mount("https://", requests.adapters.HTTPAdapter(FETCHERS, FETCHERS))
-            fetch_category(args.dataset, session, args.base_url, folder)
-        hosts = [requests.compat.urlsplit(url).netloc for url in args.base_url]
-        events, items, find = open_folder(folder, session, hosts, counts)
-    events, offsets, user_ids, item_ids = arrange(*read_events(events, counts), args, counts)
+
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            option = name.replace("_", "-")
+            fail(f"--{option} {value} is out of range: give a number from {least} to {most}.")
+    if args.image_size == 0:
+        args.image_size = 32 if args.dataset == "toy" else 64
+    return args
+
+
+def main(argv=None):
+    args = options(argv)
+    run = Run(args.run)
+    counts = collections.Counter()
+    source, items, open_picture, truth = open_source(args, run, counts)
+
+    log = read_events(source, counts)
+    events, offsets, user_ids, item_ids = arrange(log, args, counts)
     titles, texts, categories, pictures = read_catalogue(items, item_ids, counts)
-    U, N = len(user_ids), len(item_ids)
-    last_two = np.concatenate([offsets[1:] - 1, offsets[1:] - 2])  # (2U,)
-    train_counts = np.bincount(np.delete(events, last_two), minlength=N + 1)  # (N+1,)  [2]
-    truth = {name: [-1] + [of[int(i[4:])] for i in item_ids] for name, of in truth.items()}
+    train_counts = count_training(events, offsets, len(item_ids))
 
+    images, has_image = write_images(run, item_ids, pictures, open_picture, args, counts)
+    data = {
+        "events": torch.from_numpy(events),                     # (events,)
+        "offsets": torch.from_numpy(offsets),                   # (U+1,)
+        "titles": titles,
+        "texts": texts,
+        "categories": categories,
+        "has_image": has_image,                                 # (N+1,)
+        "item_ids": ["", *item_ids],
+        "user_ids": user_ids,
+        "train_counts": torch.from_numpy(train_counts).int(),   # (N+1,)
+        "meta": describe_run(args, counts, truth, item_ids),
+    }
+    draw_sheet(run, data, images)
+    run.save(data, "data.pt")
+    print_summary(data)
+
+
+def open_source(args, run, counts):
+    """What --dataset names. -> events, items, open_picture, truth, as every door gives them"""
+    if args.dataset == "toy":
+        n = args.max_items or 1050
+        U = args.max_users or 4000
+        if n * U > 10 ** 8:
+            fail("The toy shop ends at 100,000,000 pairs: lower --max-items or --max-users.")
+        return toy_shop(n, U, args.image_size, args.seed)
+    folder = Path(args.dataset).expanduser()
+    if folder.is_dir():
+        return open_folder(folder, run, counts)
+    if re.fullmatch(r"[A-Z][A-Za-z_]+", args.dataset):
+        return open_category(args, run, counts)
+    fail(f"{args.dataset} is neither toy, nor a folder here, nor an Amazon category.")
+
+
+def describe_run(args, counts, truth, item_ids):
+    """Where the data comes from and what was dropped. -> dict of what torch.load lets pass"""
+    settings = {}
+    for name, value in vars(args).items():
+        simple = isinstance(value, (int, str))
+        settings[name] = value if simple else str(value)
+
+    # The toy shop's "item000123" is row 123 of its truth; padding gets -1.
+    truth_of_item = {}
+    for name, values in truth.items():
+        kept = [int(values[int(item_id[4:])]) for item_id in item_ids]
+        truth_of_item[name] = [-1, *kept]
+    return {
+        "source": args.dataset,
+        "counts": dict(counts),
+        "options": settings,
+        "truth": truth_of_item,
+    }
+
+
+def draw_sheet(run, data, images):
+    """items.png: 24 items and a user's history, S x S pixels each: all that the models see."""
+    page = Image.new("RGB", (900, 607), "white")
+    pen = ImageDraw.Draw(page)
+    pen.font = ImageFont.load_default(12)
+
+    def show(i, place, y):
+        """Item i with its title at that place, 0 to 7, of the strip that begins at y."""
+        x = 12 + 111 * place
+        tile = "#ccc"  # grey where there is no picture
+        if data["has_image"][i]:
+            pixels = images[i].permute(1, 2, 0).numpy()         # (S, S, 3)
+            tile = Image.fromarray(pixels).resize((100, 100))
+        page.paste(tile, (x, y, x + 100, y + 100))
+        name = data["titles"][i] or data["item_ids"][i]
+        name = textwrap.fill(name, 16, max_lines=2, placeholder="...")
+        pen.text((x, y + 103), name, "black")
+
+    # 24 items, evenly from the most bought to the least.
+    popular = most_bought(data["train_counts"].numpy())         # (N,)
+    places = np.linspace(0, len(popular) - 1, 24).astype(int)   # (24,)
+    for n, i in enumerate(popular[np.unique(places)]):
+        show(i, place=n % 8, y=12 + 145 * (n // 8))
+
+    # The history of a user in the middle.
+    user = len(data["user_ids"]) // 2
+    begin, end = data["offsets"][user:user + 2].tolist()
+    pen.text((12, 448), "A user's history, the last two for validation and test:", "black")
+    for n, i in enumerate(data["events"][begin:end][-8:]):
+        show(i, place=n, y=469)
+
+    with run.writing("items.png") as file:
+        page.save(file, "PNG")
+
+
+def print_summary(data):
+    """What was read and dropped, how large the shop is, and what every model has to beat."""
+    for reason, number in data["meta"]["counts"].items():
+        print(f"{reason:52}{number:12,}")
+    U = len(data["user_ids"])
+    N = len(data["item_ids"]) - 1
+    events = len(data["events"])
+    with_picture = data["has_image"].sum().item() / N
+    with_text = sum(1 for text in data["texts"] if text) / N
+    print(f"\nU {U:,} users, N {N:,} items, {events:,} events: {events / U:.1f} a user, "
+          f"{events / N:.1f} an item, density {events / U / N:.3%}; items with a picture "
+          f"{with_picture:.1%}, a text {with_text:.1%}")
+
+    train_counts = data["train_counts"].numpy()                 # (N+1,)
+    popular = most_bought(train_counts)                         # (N,)
+    tenth = popular[:max(1, N // 10)]                           # (N / 10,)
+    share = train_counts[tenth].sum() / train_counts.sum()
+    last = data["offsets"][1:] - 1                              # (U,)
+    test = data["events"][last].numpy()                         # (U,)
+    recall = np.isin(test, popular[:10]).mean()
+    print(f"training events on the most popular tenth {share:.1%}; "
+          f"the top ten for all: Recall@10 {recall:.4f}")
+
+
+# --- Reading what people have ---------------------------------------------------------------------
+# A door turns one layout into what the rules need, and this is all that they know of a source:
+#
+#     events         yields (user id, item id, time), in the order of the file
+#     items          yields dicts: item_id, title, text, categories, picture; any may be missing
+#     open_picture   (item id, picture) -> an opened image, or None; it may fail in any way
+#     truth          {}, as nobody knows the truth of a real shop
+#
+# Doors hand on what they find. What of it is usable is decided once, in the functions below them.
+
+ITEM_ID = ("parent_asin", "asin", "item_id")  # what tables call it; the first that a row has counts
+LONGEST_LINE = 1 << 24         # characters; no file is trusted
+LAST_TIME = 4_102_444_800_000  # the year 2100 in milliseconds; seconds and ranks are less
+
+
+def open_folder(folder, run, counts):
+    """The door for two tables in the columns of Amazon Reviews 2023 or of PixelRec."""
+    tables = []
+    for pattern in ("*.jsonl", "*.jsonl.gz", "*.csv", "*/*.csv"):
+        tables += sorted(folder.glob(pattern))
+    logs = [path for path in tables if has_users(path)]
+    if len(tables) != 2 or len(logs) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in tables)
+        fail(f"{folder} needs two tables, .jsonl, .jsonl.gz or .csv: one of events (with user_id) "
+             f"and one of items. Found: {names or 'none'}; with user_id: {len(logs)}.")
+    log = logs[0]
+    tables.remove(log)
+    catalogue = tables[0]
+    for path in (log, catalogue):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        run.made_from[str(path.relative_to(folder))] = digest
+
+    def events():
+        for row in read_table(log, counts):
+            yield row.get("user_id"), item_id_of(row), row.get("timestamp")
+
+    def items():
+        for row in read_table(catalogue, counts):
+            yield {
+                "item_id": item_id_of(row),
+                "title": row.get("title"),
+                "text": [row.get("features"), row.get("description")],
+                "categories": row.get("categories") or row.get("main_category") or row.get("tag"),
+                "picture": addresses(row.get("images")),
+            }
+
+    def open_picture(item_id, picture):
+        names = [picture, f"images/{item_id}.jpg", f"cover/{item_id}.jpg"]
+        for name in [cached_name(item_id), *names]:
+            # Joined as texts: Path(folder) / "/etc/x" would leave the folder, as ".." would.
+            path = f"{folder}/{name}"
+            if ".." not in Path(name).parts and os.path.isfile(path):
+                return Image.open(path, formats=FORMATS)
+        return None
+
+    return events(), items(), open_picture, {}
+
+
+def has_users(path):
+    """Is it the table of events? PixelRec's two have one name, but only events name a user."""
+    first = itertools.islice(read_table(path, collections.Counter()), 20)
+    return any("user_id" in row for row in first)
+
+
+def item_id_of(row):
+    for name in ITEM_ID:
+        if name in row:
+            return row[name]
+
+
+def addresses(images):
+    """Amazon's pictures of an item, the likeliest first. -> list of addresses or paths
+
+    images: a list of {"variant": "MAIN", "large": .., "hi_res": .., "thumb": ..}
+    """
+    if not isinstance(images, list):
+        return []
+    images = [image for image in images if isinstance(image, dict)]
+    images.sort(key=lambda image: image.get("variant") != "MAIN")  # MAIN first, else as they come
+    found = []
+    for image in images:
+        found += [image.get("large"), image.get("hi_res"), image.get("thumb")]
+    return found
+
+
+def read_table(path, counts):
+    """Yields the rows of a .jsonl or .csv, perhaps packed (.gz), as dicts; counts what is none."""
+    size = path.stat().st_size
+    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
+    try:
+        with open(path, "rb") as raw, bar:
+            file = gzip.open(raw) if path.suffix == ".gz" else raw
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+            rows = csv_rows if ".csv" in path.name else json_rows
+            for n, row in enumerate(rows(text, path.name, counts)):
+                if n % 1000 == 0:
+                    bar.update(raw.tell() - bar.n)
+                yield row
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"{path} breaks off ({error}): delete it and get it again.")
+
+
+def lines_of(text):
+    """The lines of a file; one that never ends comes in pieces."""
+    while line := text.readline(LONGEST_LINE):
+        yield line
+
+
+def json_rows(text, name, counts):
+    """One JSON object a line."""
+    for line in lines_of(text):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            yield row
+        else:
+            counts[f"{name}: malformed line"] += 1
+
+
+def csv_rows(text, name, counts):
+    """A header, then one row a line, or several where a quoted text has line breaks."""
+    csv.field_size_limit(LONGEST_LINE)
+    table = csv.DictReader(lines_of(text), strict=True)
+    while True:
+        begin = max(1, table.reader.line_num)  # lines that are read; the first is the header
+        try:
+            row = next(table)
+        except StopIteration:
+            return
+        except csv.Error:
+            row = None
+        if row is None or None in row:  # a quote that is never closed; more fields than columns
+            counts[f"{name}: malformed line"] += table.reader.line_num - begin
+        else:
+            yield row
+
+
+def read_events(source, counts):
+    """Three numbers an event, whatever the source. Events that lack one are counted, and dropped.
+
+    -> user, item int32 (events,), time float64 (events,), and what the numbers mean: ids of users,
+    ids of items (lists), in order of appearance
+    """
+    user_number = {}  # id -> 0, 1, 2, ..
+    item_number = {}
+    user_column = array.array("i")  # numbers without a Python object for each
+    item_column = array.array("i")
+    time_column = array.array("d")
+    for user_id, item_id, when in source:
+        user = number_of(user_id, user_number)
+        if user is None:
+            counts["events: no user"] += 1
+            continue
+        item = number_of(item_id, item_number)
+        if item is None:
+            counts["events: no item"] += 1
+            continue
+        when = readable_time(when)
+        if when is None:
+            counts["events: bad time"] += 1
+            continue
+        user_column.append(user)
+        item_column.append(item)
+        time_column.append(when)
+    counts["events: well-formed"] = len(time_column)
+    columns = [np.array(column) for column in (user_column, item_column, time_column)]
+    return *columns, list(user_number), list(item_number)
+
+
+def number_of(value, numbers):
+    """The number of an id, a new one where it is new; None for what can be no id."""
+    if type(value) not in (str, int):  # isinstance would let True pass, which is an int
+        return None
+    name = str(value)
+    if name not in numbers:
+        if not 0 < len(name) < 256 or not name.isprintable():
+            return None
+        numbers[name] = len(numbers)
+    return numbers[name]
+
+
+def readable_time(value):
+    """Seconds, milliseconds, or any number that rises. -> float, or None"""
+    try:
+        when = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return when if 0 <= when < LAST_TIME else None  # not a number: neither
+
+
+def read_catalogue(source, item_ids, counts):
+    """What is known of the items that are kept.
+
+    -> titles, texts, categories, pictures (an address, a path, a look; "": none), each (N+1)
+    """
+    row_of = {item_id: i for i, item_id in enumerate(item_ids, 1)}
+    titles = [""] * (len(item_ids) + 1)
+    texts = [""] * (len(item_ids) + 1)
+    categories = [[] for _ in titles]
+    pictures = [""] * (len(item_ids) + 1)
+    for item in source:
+        i = row_of.pop(str(item["item_id"]), None)
+        if i is None:
+            counts["catalogue: line of an item not kept, or its second"] += 1
+            continue
+        titles[i] = " ".join(strings(item["title"]))[:500]
+        texts[i] = " ".join(strings(item["text"]))[:2000]
+        categories[i] = strings(item["categories"])
+        candidates = strings(item["picture"])
+        if candidates:
+            pictures[i] = candidates[0]
+    counts["items: not in the catalogue"] = len(row_of)
+    return titles, texts, categories, pictures
+
+
+def strings(value, depth=4):
+    """The texts in a value: real catalogues hold null, a string, a list or a list of lists in one
+    field, and control characters and half letters in a text. -> list of str
+    """
+    if isinstance(value, list) and depth > 0:
+        found = []
+        for part in value[:2000 * depth]:
+            found += strings(part, depth - 1)
+        return found
+    if type(value) not in (str, int):
+        return []
+    text = " ".join(str(value)[:10_000].split())
+    text = re.sub(r"[\0-\x1f\x7f-\x9f]", "", text)
+    text = text.encode("utf-8", "replace").decode()
+    return [text] if text else []
+
+
+# --- Pictures: every one squeezed to S x S --------------------------------------------------------
+# The models see nothing else of a picture. All are written into one file, as a large catalogue has
+# more of them than memory.
+
+FETCHERS = 32  # pictures that are fetched at once: each waits for its host
+DECODERS = 4   # pictures that are decoded at once: a large one takes 200 MB
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # Pillow would run a program for PostScript
+Image.MAX_IMAGE_PIXELS = 12_500_000  # Pillow refuses twice as many: an attack on memory
+
+
+def write_images(run, item_ids, pictures, open_picture, args, counts):
+    """Writes images.pt. -> images uint8 (N+1, 3, S, S), on the disk; has_image (N+1,)"""
     args.run.mkdir(parents=True, exist_ok=True)
-    (args.run / "data.pt").unlink(missing_ok=True)      # an old one must not meet new images
-    has_image = write_images(args.run / "images.pt", find, item_ids, pictures, S, counts)
-    with open(args.run / "images.pt", "rb") as file:    # data.pt belongs to these pictures
-        MADE_FROM["images.pt"] = hashlib.file_digest(file, "sha256").hexdigest()
-    popular = 1 + np.argsort(-train_counts[1:], kind="stable")  # (N,)
-    history = events[offsets[U // 2]:offsets[U // 2 + 1]][-8:]
-    names = [title or item_id for title, item_id in zip(titles, [""] + item_ids)]
-    images = torch.load(args.run / "images.pt", weights_only=True, mmap=True)["images"]
-    shown = popular[np.unique(np.linspace(0, N - 1, 24).astype(int))]   # from the most bought on
-    draw_sheet(args.run / "items.png", images, has_image, names, shown, history)
-    options = {k: v if isinstance(v, (int, str)) else str(v) for k, v in vars(args).items()}
-    meta = {"source": args.dataset, "counts": dict(counts), "options": options, "truth": truth}
-    save({"events": torch.from_numpy(events), "offsets": torch.from_numpy(offsets),
-          "titles": titles, "texts": texts, "categories": categories, "has_image": has_image,
-          "item_ids": [""] + item_ids, "user_ids": user_ids,
-          "train_counts": torch.from_numpy(train_counts).int(), "meta": meta}, args.run / "data.pt")
-    print("\n".join(f"{reason:52}{number:12,}" for reason, number in counts.items()))
-    top_tenth = train_counts[popular[:max(1, N // 10)]].sum() / train_counts.sum()
-    hits = np.isin(events[offsets[1:] - 1], popular[:10]).mean()
-    print(f"\nU {U:,} users, N {N:,} items, {len(events):,} events: {len(events) / U:.1f} a user, "
-          f"{len(events) / N:.1f} an item, density {len(events) / U / N:.3%}; items with a picture "
-          f"{has_image.sum() / N:.1%}, a text {sum(map(bool, texts)) / N:.1%}\ntraining events on "
-          f"the most popular tenth {top_tenth:.1%}; the top ten for all: Recall@10 {hits:.4f}")
+    (args.run / "data.pt").unlink(missing_ok=True)  # an old one must not meet new pictures
+    S = args.image_size
+    blank = bytes(3 * S * S)
+    decoding = threading.Semaphore(DECODERS)
 
-if __name__ == "__main__":
+    def fetch(i):
+        """-> what became of item i's picture, and its pixels"""
+        try:
+            image = open_picture(item_ids[i - 1], pictures[i])
+            if image is None:
+                return "no picture", blank
+            with decoding:
+                return "picture", squeeze(image, S)
+        except Exception as error:  # Pillow has no one error for a broken picture
+            return f"picture lost ({type(error).__name__})", blank
+
+    has_image = [False]  # padding
+    N = len(item_ids)
+    with (tempfile.TemporaryFile(dir=args.run) as file,
+          multiprocessing.pool.ThreadPool(FETCHERS) as fetchers):
+        file.write(blank)
+        results = fetchers.imap(fetch, range(1, N + 1), chunksize=16)
+        for state, pixels in tqdm(results, "pictures", N, disable=None):
+            counts[f"items: {state}"] += 1
+            has_image.append(state == "picture")
+            file.write(pixels)
+        file.flush()
+        images = np.memmap(file, np.uint8, "r+", shape=(N + 1, 3, S, S))
+        run.save({"images": torch.from_numpy(images)}, "images.pt")
+
+    # Read back, so that data.pt carries its hash: data.pt belongs to these pictures.
+    images = run.load("images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
+    return images, torch.tensor(has_image)                      # (N+1,)
+
+
+def squeeze(image, S):
+    """An opened image of any size and kind. -> the bytes of uint8 (3, S, S)"""
+    image.draft("RGB", (2 * S, 2 * S))  # a JPEG decodes at 1/2, 1/4 or 1/8 of its size for less
+    if image.mode.startswith("I"):  # 16 bits, of which Pillow would keep the lower 8
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    image = ImageOps.exif_transpose(image)  # as it was held when it was taken
+    image = image.convert("RGBA").resize((S, S), Image.LANCZOS)
+    white = Image.new("RGBA", (S, S), "white")
+    image = Image.alpha_composite(white, image)  # what is transparent becomes white
+    pixels = np.array(image)[..., :3]                           # (S, S, 3)
+    return pixels.transpose(2, 0, 1).tobytes()                  # (3, S, S)
+
+
+# --- Fetching: a category of Amazon Reviews 2023 and its pictures ---------------------------------
+# Large files go on where they broke off. Addresses of pictures stand in a data file, which anybody
+# may have written: none of them may lead to this machine or its network.
+
+HOSTS = [
+    "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw",
+    "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023/raw",
+]
+TRIES = 6
+PAUSE = 0.5         # seconds before the second try; twice as many before each that follows
+LONGEST_PAUSE = 60  # seconds, also where a host asks for more
+TIMEOUT = (10, 60)  # seconds to connect, and until the next byte comes
+LARGEST_FILE = 100 << 30     # bytes; no host is trusted
+LARGEST_PICTURE = 50 << 20
+
+
+def open_category(args, run, counts):
+    """The door for a category: two files into the cache, then as any folder."""
+    folder = args.cache.expanduser() / args.dataset
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    session = open_session()
+    for name, place in (("reviews", "review_categories/"), ("meta", "meta_categories/meta_")):
+        path = folder / f"{name}.jsonl.gz"
+        if not path.exists():
+            urls = [f"{url.rstrip('/')}/{place}{args.dataset}.jsonl.gz" for url in args.base_url]
+            download_from_any(session, urls, path)
+    events, items, open_cached, truth = open_folder(folder, run, counts)
+
+    def open_picture(item_id, address):
+        path = folder / cached_name(item_id)
+        if address and not path.exists():
+            fetch_picture(session, address, path, args.base_url)
+        return open_cached(item_id, address)
+
+    return events, items, open_picture, truth
+
+
+def cached_name(item_id):
+    """Where a fetched picture lies in its folder. An id such as "../../x" is no name of a file."""
+    return f"images/{hashlib.sha256(item_id.encode()).hexdigest()}.jpg"
+
+
+def open_session():
+    """-> a session in which requests that fail are tried again, after longer and longer pauses"""
+    retry = Again(total=TRIES - 1, backoff_factor=PAUSE, retry_after_max=LONGEST_PAUSE,
+                  status_forcelist=[429, *range(500, 600)])
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        adapter = requests.adapters.HTTPAdapter(FETCHERS, FETCHERS, max_retries=retry)
+        session.mount(scheme, adapter)
+    return session
+
+
+class Again(urllib3.util.Retry):
+    """Does not read what a host says with an error, which may be endless, before it tries again."""
+
+    def increment(self, *args, response=None, **options):
+        if response is not None:
+            response.close()
+        return super().increment(*args, response=response, **options)
+
+
+def download_from_any(session, urls, path):
+    """Takes a file from the first host that has it."""
+    for url in urls:
+        try:
+            return download(session, url, path)
+        except (OSError, ValueError) as error:  # those of requests are both
+            problem = error
+    fail(f"{path} cannot be had ({problem}): check the category, the network, --base-url.")
+
+
+def fetch_picture(session, address, path, trusted):
+    host = urlsplit(address)
+    if host.netloc not in [urlsplit(url).netloc for url in trusted]:
+        for *_, peer in socket.getaddrinfo(host.hostname, None):
+            if not ipaddress.ip_address(peer[0]).is_global:
+                raise PermissionError("a host of this machine or its network")
+    download(session, address, path, picture=True)
+
+
+def download(session, url, path, picture=False):
+    """Brings url to path: all of it or nothing. Raises an OSError or a ValueError."""
+    for _ in range(TRIES):
+        try:
+            return go_on(session, url, path, picture)
+        except urllib3.exceptions.HTTPError as error:  # it broke off: the next try goes on there
+            problem = error
+    raise requests.ConnectionError(f"{url} broke off {TRIES} times: {problem}")
+
+
+def go_on(session, url, path, picture):
+    """Fetches what is missing of a file that may have been begun; named when it is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    tag = path.with_name(f"{path.name}.etag")  # says of which version the partial file is
+    headers = {"Accept-Encoding": "identity"}
+    have = 0
+    version = ""
+    if tag.exists() and partial.exists():
+        version = tag.read_text()
+        have = partial.stat().st_size
+    if have and version:  # ask for the rest, or for all of it if the file is another by now
+        headers["Range"] = f"bytes={have}-"
+        headers["If-Range"] = version
+
+    largest = LARGEST_PICTURE if picture else LARGEST_FILE
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT,
+                     allow_redirects=not picture) as reply:
+        rest = reply.status_code == 206
+        now = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
+        if reply.status_code == 416 or rest and now not in ("", version):
+            tag.write_text("")  # there is no such rest: the next try begins anew
+            raise urllib3.exceptions.HTTPError("the file has changed")
+        reply.raise_for_status()
+        page = "html" in reply.headers.get("Content-Type", "")  # the log-in of a hotel, say
+        if reply.status_code not in (200, 206) or page:
+            raise requests.RequestException(f"{url} is no file")
+        if not rest:
+            have = 0
+            tag.write_text(now)
+        with open(partial, "ab" if rest else "wb") as file:
+            have = copy(reply.raw, file, path.name, have, largest, picture)
+    tag.unlink()
+    if have > largest:
+        partial.unlink()
+        raise requests.RequestException(f"{url} has no end")
+    os.replace(partial, path)
+
+
+def copy(reply, file, name, have, largest, picture):
+    """Copies the body of a reply as it is: a .gz stays packed. -> bytes that are there now"""
+    total = have + (reply.length_remaining or 0)
+    with tqdm(total=total, initial=have, desc=name, unit="B", unit_scale=True,
+              disable=picture or None) as bar:
+        while have <= largest and (part := reply.read1(1 << 18)):
+            file.write(part)
+            bar.update(len(part))
+            have += len(part)
+    return have
+
+
+# --- Files, stopped runs, several processes (the same text in every script that has it) ----------
+# Nothing below belongs to the method.
+
+
+def fail(message):
+    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def start(main):
+    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    if sys.version_info < (3, 11):
+        fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
     try:
         main()
-    except (OSError, MemoryError, KeyboardInterrupt) as error:      # disk full, read-only, Ctrl-C
-        fail(f"stopped ({type(error).__name__} {error}): the same command begins again.")
+    except KeyboardInterrupt:
+        fail("stopped: the same command goes on with what is written already.")
+    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
+
+
+class Run:
+    """The folder of one experiment: here the scripts meet, and nowhere else.
+
+    It remembers the SHA-256 of every file that this script has read. Whatever the script saves
+    carries them as `made_from`, so that codes of one shop never meet the events of another.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.made_from = {}  # name of a file -> its SHA-256
+        self.writes = True   # of several processes only the first one writes
+
+    def load(self, name, maker, mmap=False):
+        """Reads what the script `maker` wrote. -> dict of tensors, numbers, strings, lists, dicts
+
+        Ends the script where the file is missing, damaged, foreign, or made from other files than
+        those that were read before. mmap: tensors stay on the disk until they are used.
+        """
+        path = self.folder / name
+        try:
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
+            artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+            if maker == "01_data.py":
+                made_from = artifact["made_from"]  # KeyError: a foreign file of that name
+            else:
+                made_from = artifact.get("made_from", {})  # anybody may make codes, predictions
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except Exception as error:
+            fail(f"{path} is missing or damaged ({type(error).__name__}): "
+                 f"run {maker} with this --run.")
+        for other, then in made_from.items():
+            if self.made_from.get(other, then) != then:
+                fail(f"{path} was made from another {path.with_name(other)}: run {maker} again.")
+        self.made_from[name] = digest
+        return artifact
+
+    def save(self, artifact, name):
+        """Writes a dict of tensors, numbers, strings, lists and dicts as a .pt file."""
+        if self.writes:
+            with self.writing(name) as file:
+                torch.save({**artifact, "made_from": self.made_from}, file)
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        """Opens a file beside `name`, flushes it and renames it: nobody ever sees half a file."""
+        path = self.folder / name
+        partial = self.folder / f"{name}.partial"
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+            fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    start(main)

@@ -22,7 +22,6 @@ spec.loader.exec_module(data_script)
 def run(run_dir, *options, ok=True):
     """In this process, which saves the seconds of importing torch."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    data_script.MADE_FROM.clear()  # a new process has read nothing yet
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             data_script.main(["--run", str(run_dir), *map(str, options)])
@@ -315,9 +314,9 @@ def test_an_interrupted_run_leaves_nothing_half_and_the_next_one_is_the_same(tmp
 
     def interrupt(*_):
         raise KeyboardInterrupt
-    for name in ("k_core", "read_catalogue", "save"):
+    for where, name in ((data_script, "k_core"), (data_script, "read_catalogue"), (data_script.Run, "save")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(data_script, name, interrupt)
+            patch.setattr(where, name, interrupt)
             run(tmp_path / "run", "--dataset", folder, *options)
         assert not [path for path in (tmp_path / "run").iterdir() if path.name not in whole]
         run(tmp_path / "run", "--dataset", folder, *options)
@@ -432,10 +431,10 @@ def test_a_broken_file_and_an_empty_core(tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(data_script, "PAUSE", 0.01)
-    monkeypatch.setattr(data_script, "PATIENCE", 1)
+    monkeypatch.setattr(data_script, "LONGEST_PAUSE", 1)
     monkeypatch.setattr(data_script, "TIMEOUT", (2, 1))
-    monkeypatch.setitem(data_script.LONGEST, ".gz", 1 << 20)
-    monkeypatch.setitem(data_script.LONGEST, ".jpg", 1 << 20)
+    monkeypatch.setattr(data_script, "LARGEST_FILE", 1 << 20)
+    monkeypatch.setattr(data_script, "LARGEST_PICTURE", 1 << 20)
 
 
 def category(events, items):
@@ -517,7 +516,7 @@ def test_hostile_pictures_are_missing_and_counted(tmp_path):
 
 
 def test_an_endless_line_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setitem(data_script.LONGEST, "line", 1000)
+    monkeypatch.setattr(data_script, "LONGEST_LINE", 1000)
     folder = faults.shop(tmp_path / "shop", [b"x" * 10_000, *faults.dense()])
     run(tmp_path / "run", "--dataset", folder)
     assert read(tmp_path / "run")[0]["meta"]["counts"]["reviews.jsonl: malformed line"] == 11
