@@ -38,6 +38,7 @@ On the toy shop: 3 seconds, 0.3 GiB (2 cores of an AMD EPYC).
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -47,16 +48,18 @@ import unicodedata
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 METRICS = [("Recall", 1), ("Recall", 5), ("Recall", 10), ("NDCG", 5), ("NDCG", 10)]
-RECALL_10 = 2  # its place in METRICS
-NDCG_10 = 4
+RECALL_10 = 2   # its place in METRICS
+NDCG_10 = 4     # and that of NDCG@10
 
-COSTS = [  # key, column of the table, factor, format
+# Columns of two tables: key of a row, heading, factor, format.
+COSTS = [
     ("parameters", "parameters", 1, ",.0f"),
     ("bytes", "MB with codes, tree", 1e-6, ".1f"),
     ("train", "training s", 1, ".0f"),
@@ -72,10 +75,13 @@ SHOWN = [
 
 
 # --- Metrics -------------------------------------------------------------------------------------
-# Two lists for two users, who bought item 7 and item 4 next:
+# Two users, who bought item 7 and item 4 next, and the lists that they were shown:
 #
-#   target 7   top 7 2 9   rank 1          Recall@1 = (1 + 0) / 2
-#   target 4   top 5 4 8   rank 2          NDCG@5   = (1 / log2(2) + 1 / log2(3)) / 2 = .815
+#   target 7   top 7 2 9   rank 1       Recall@1 = (1 + 0) / 2                       = .5
+#   target 4   top 5 4 8   rank 2       NDCG@5   = (1 / log2(2) + 1 / log2(3)) / 2   = .815
+#
+# With one item to be found the ideal list has it first, which gains 1 / log2(2) = 1: NDCG is DCG
+# here (Jarvelin and Kekalainen, ACM TOIS 2002).
 
 
 def rank_of(target, top):
@@ -100,42 +106,85 @@ def gains(rank):
 
 
 # --- Uncertainty ---------------------------------------------------------------------------------
-# How far might a difference of two models be off, had other users come and other seeds been drawn?
+# Had other users come and other seeds been drawn, by how much might a mean be another? What user u
+# gains with the networks of seed s is thought of as a sum of four:
+#
+#   x[s, u] = mean + user[u] + seed[s] + rest[s, u]
+#
+#   user[u]       how easy this user is, whatever the seed
+#   seed[s]       how good the networks of this seed are, whoever the user
+#   rest[s, u]    the luck of this user with these networks
+#
+# The mean over U users and n seeds then has the variance
+#
+#   var(user) / U   +   var(seed) / n + var(rest) / (n U)
+#   users' part         seeds' part
+#
+# Seeds' part: the means of the seeds vary by var(seed) + var(rest) / U. A fraction 1 / n is it.
+# Users' part: the means of the users vary by var(user) + var(rest) / n. A fraction 1 / U is it, and
+# var(rest) / (n U) too much: the seeds' part has that already, so it is taken off.
+#
+# The variance of thousands of users is well known, that of three seeds is not. For such cases
+# Student found that 1.96 deviations, where 95 % of a normal distribution lie, must become a larger
+# number t: 12.71, 4.30, 3.18, 2.78 for 2, 3, 4, 5 seeds. With one number for each part
+#
+#   (half the interval)^2 = 1.96^2 users' part + t^2 seeds' part
+#
+# gives an interval that holds the truth in 95 of 100 repetitions or more, however large either part
+# is (Banerjee, Sankhya 22, 1960; a test counts). A single seed says nothing of others: the interval
+# is for other users only.
 
 
-def paired_bootstrap(ours, theirs, draws, rng, same_seeds=False):
-    """95 % interval of mean(ours) - mean(theirs); each draw resamples users and seeds.
+def student(degrees):
+    """Student's t: with so many degrees of freedom T lies between -t and t in 95 of 100 cases."""
+    # The density of T is proportional to (1 + T^2 / degrees)^(-(degrees + 1) / 2). To look at the
+    # angle x with T = sqrt(degrees) tan(x) makes it short: x has the density cos(x)^(degrees - 1),
+    # from -pi/2 to pi/2. Thin strips of it are added up, from 0 on, until 95 % are together.
+    strips = 100_000
+    width = math.pi / 2 / strips
+    middle = (torch.arange(strips, dtype=torch.double) + 0.5) * width  # (strips,)
+    area = (middle.cos() ** (degrees - 1)).cumsum(0)                # (strips,)
+    enough = torch.searchsorted(area, 0.95 * area[-1]).item() + 1
+    return math.sqrt(degrees) * math.tan(enough * width)
 
-    Both models answer the same users, and models of one seed share its codes, so that what makes
-    either easy cancels out. Seeds are drawn apart where they differ (same_seeds is False).
 
-    ours, theirs: (seeds, U, metrics), rng: torch.Generator -> low, high (2, metrics)
+def half_interval(*models):
+    """Half the 95 % interval of a mean over users and seeds, or of the sum of several such means.
+
+    models: (seeds, U, metrics) each, of the same users, of seeds of its own -> (metrics,)
     """
-    U = ours.shape[1]
-    differences = []
-    for _ in range(draws):
-        # Resampling with replacement: in a draw each user counts about Poisson(1) times.  [24]
-        weight = torch.poisson(torch.ones(U, dtype=torch.double), generator=rng)  # (U,)
-        our_seeds = torch.randint(len(ours), (len(ours),), generator=rng)         # (seeds,)
-        their_seeds = our_seeds
-        if not same_seeds:
-            their_seeds = torch.randint(len(theirs), (len(theirs),), generator=rng)
+    U = models[0].shape[1]
+    by_user = sum(x.mean(0) for x in models)                        # (U, metrics)
+    users_part = by_user.var(0, correction=0) / U                   # (metrics,)
+    squared = torch.zeros_like(users_part)                          # (metrics,)
+    for x in models:
+        n = len(x)
+        if n > 1:
+            # Of one user the gains vary from seed to seed by both, var(seed) + var(rest).
+            both = x.var(0).mean(0)                                 # (metrics,)
+            by_seed = x.mean(1)                                     # (n, metrics)
+            seeds_part = by_seed.var(0) / n                         # (metrics,)
+            rest = both - by_seed.var(0)                            # (metrics,) var(rest)
+            users_part = users_part - rest / (n * U)                # (metrics,)
+            squared += student(n - 1) ** 2 * seeds_part             # (metrics,)
+    squared += 1.96 ** 2 * users_part.clamp(min=0)                  # (metrics,)
+    return squared.sqrt()
 
-        our_sum = torch.einsum("u,sum->sm", weight, ours)           # (seeds, metrics)
-        their_sum = torch.einsum("u,sum->sm", weight, theirs)       # (seeds, metrics)
-        difference = our_sum[our_seeds].mean(0) - their_sum[their_seeds].mean(0)  # (metrics,)
-        differences.append(difference / weight.sum().clamp(min=1))  # (metrics,)
-    tails = torch.tensor([0.025, 0.975], dtype=torch.double)        # (2,)
-    return torch.quantile(torch.stack(differences), tails, dim=0)   # (2, metrics)
 
+def interval_of_difference(ours, theirs, same_seeds):
+    """95 % interval of mean(ours) - mean(theirs).  [24]
 
-def half_interval(gain):
-    """Half the 95 % interval of a mean over users and seeds. (seeds, U, metrics) -> (metrics,)"""
-    seeds, U, _ = gain.shape
-    variance = gain.mean(0).var(0, correction=0) / U                # (metrics,)
-    if seeds > 1:
-        variance = variance + gain.mean(1).var(0) / seeds           # (metrics,)
-    return 1.96 * variance.sqrt()                                   # (metrics,)
+    Both models answer the same users, and models of one seed share its codes: what makes a user or
+    a seed easy for both is in no difference x[s, u]. Seeds that are not the same are not paired.
+
+    ours, theirs: (seeds, U, metrics) -> low, high (2, metrics)
+    """
+    difference = ours.mean((0, 1)) - theirs.mean((0, 1))            # (metrics,)
+    if same_seeds:
+        half = half_interval(ours - theirs)                         # (metrics,)
+    else:
+        half = half_interval(ours, -theirs)                         # (metrics,)
+    return torch.stack([difference - half, difference + half])      # (2, metrics)
 
 
 # --- What the first tens favour ------------------------------------------------------------------
@@ -163,8 +212,7 @@ def shown_items(top, rank, target, train_counts):
     rare_first = train_counts[target.long()].argsort(stable=True)   # (U,)
     deciles = []
     for part in rank[rare_first].tensor_split(10):                  # (U / 10,)
-        found = (part <= 10).double().mean().item()
-        deciles.append(found if len(part) else math.nan)
+        deciles.append((part <= 10).double().mean().item())
 
     return {"coverage": (times > 0).double().mean().item(),
             "gini": gini(times),
@@ -191,11 +239,11 @@ def gini(x):
 # Each of n items has a label x, such as its first code, and a label y, such as its colour. p(x) is
 # the share of items with label x, count(x, y) how many have both. Then
 #
-#   entropy(x)     = - sum over x of p(x) log p(x)    0: all are alike; log K: K labels, each as often
-#   perplexity(x)  = exp(entropy(x))                  so many labels, each as often, are as uncertain
-#   information    = entropy(x) + entropy(y) - entropy(x, y)      what one label tells of the other
-#   NMI            = 2 information / (entropy(x) + entropy(y))    0 nothing, 1 all, both ways
-#   purity         = (1 / n) sum over x of max over y of count(x, y)
+#   entropy(x)    = - sum over x of p(x) log p(x)    0 if all are alike, log K if K are as frequent
+#   perplexity(x) = exp(entropy(x))                  so many labels, as frequent, have that entropy
+#   information   = entropy(x) + entropy(y) - entropy(x, y)       what one label tells of the other
+#   NMI           = 2 information / (entropy(x) + entropy(y))     0 nothing, 1 all, both ways
+#   purity        = (1 / n) sum over x of max over y of count(x, y)
 #
 # NMI and purity: Manning, Raghavan and Schuetze, Introduction to Information Retrieval, 16.3.
 
@@ -207,17 +255,22 @@ def entropy(labels):
     return torch.special.entr(share).sum().item()
 
 
+def prefix_lengths(L):
+    """1, 2, 3 where L is 4: a prefix lacks the last code at least, which no two items share."""
+    return range(1, max(L, 2))
+
+
 def use(codes, K):
     """How much of a codebook is in use, and how many items share a prefix.
 
     codes: (n, L) -> used: share of the K codes, perplexity: a number a level; unique: share of
-    items alone, largest: items on the fullest prefix, after levels 1, 2, 3
+    items alone, largest: items on the fullest prefix, a number for each of prefix_lengths(L)
     """
     stats = {"used": [], "perplexity": [], "unique": [], "largest": []}
     for level in codes.T:                                           # (n,)
         stats["used"].append(len(level.unique()) / K)
         stats["perplexity"].append(math.exp(entropy(level.unsqueeze(1))))
-    for l in (1, 2, 3):
+    for l in prefix_lengths(codes.shape[1]):
         _, sharing = codes[:, :l].unique(dim=0, return_counts=True)  # (prefixes,)
         alone = (sharing == 1).sum().item()
         stats["unique"].append(alone / max(1, len(codes)))
@@ -226,14 +279,14 @@ def use(codes, K):
 
 
 def meaning(codes, category):
-    """What prefixes of 1 to 3 codes say of categories: NMI and purity.
+    """What prefixes of codes say of categories: NMI and purity.
 
     More prefixes raise both by chance, so that they are to be seen beside those of shuffled codes.
-    codes: (n, L), category: (n,) -> nmi, purity: a list of 3 each
+    codes: (n, L), category: (n,) -> nmi, purity: a number for each of prefix_lengths(L)
     """
     category = category.unsqueeze(1)                                # (n, 1)
     told = {"nmi": [], "purity": []}
-    for l in (1, 2, 3):
+    for l in prefix_lengths(codes.shape[1]):
         both = torch.cat([codes[:, :l], category], 1)               # (n, l + 1)
         apart = entropy(codes[:, :l]) + entropy(category)
         information = apart - entropy(both)
@@ -249,6 +302,7 @@ def meaning(codes, category):
 
 
 # --- The script ----------------------------------------------------------------------------------
+# Reads what the other scripts and anybody else left in the folder of the run, writes tables, draws.
 
 
 def options(argv):
@@ -256,14 +310,11 @@ def options(argv):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
-    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--seed", type=int, default=0, help="of shuffled codes, and of neighbours.png's candidates")
     add("--device", default="auto", help="as in the other scripts; this one computes on the CPU")
     add("--smoke", action="store_true", help="as in the other scripts; nothing to make smaller")
     add("--against", default="sasrec", help="the model that the others are compared with")
-    add("--draws", type=int, default=1000, help="of the bootstrap")
     args = parser.parse_args(argv)
-    if args.draws < 1:
-        fail(f"--draws {args.draws}: it starts at 1.")
     if not 0 <= args.seed < 2 ** 32:
         fail(f"--seed {args.seed}: from 0 to below 2^32.")
     return args
@@ -276,10 +327,11 @@ def main(argv=None):
     data = run.load("data.pt", "01_data.py")
 
     models = read_predictions(run, data)
-    rows = compare(models, args, rng)
-    # Curves before codes: those that a model was made from may be replaced by another seed's.
+    rows = compare(models, args.against)
+    # Curves before codes: the codes that a model was made from may have been replaced since by
+    # another seed's, and a file made from others than those that were read is refused.
     curves = read_curves(run)
-    trees = read_codes(run)
+    trees = read_codes(run, data)
     labels = labels_of_items(data)
     codes = describe_codes(trees, labels, rng)
     run.save({"rows": rows, "codes": codes, "options": vars(args)}, "results.pt")
@@ -289,6 +341,7 @@ def main(argv=None):
         file.write(f"{text}\n".encode())
     print(text)
 
+    # Pictures last: they need files that a run may lack.
     draw_recall(run, rows)
     draw_rarity(run, rows, data)
     draw_curves(run, rows, curves, data)
@@ -304,8 +357,8 @@ def read_predictions(run, data):
     popular = popularity(data)
     models = {"popularity": [measure(popular, data)]}
     paths = set(run.folder.glob("predictions-*.pt"))
-    paths.discard(run.folder / "predictions-popularity-s0.pt")  # of an old run: it is made here
-    for path in sorted(paths):
+    paths.discard(run.folder / "predictions-popularity-s0.pt")  # that row is made here
+    for path in tqdm(sorted(paths), "predictions", leave=False, disable=None):
         saved = run.load(path.name, "the script that made it", mmap=True)
         check_predictions(saved, path, data)
         entry = measure(saved, data)
@@ -314,6 +367,8 @@ def read_predictions(run, data):
             fail(f"{path} is a second file of {saved['name']} with seed {entry['seed']}: "
                  "delete one.")
         seeds.append(entry)
+    for seeds in models.values():  # in order, so that seeds of two models meet
+        seeds.sort(key=lambda entry: entry["seed"])
     print(f"checked: {len(paths)} files, {len(data['user_ids']):,} users: "
           "all ids are real items, none comes twice")
     return models
@@ -345,6 +400,9 @@ def check_predictions(saved, path, data):
         fail(f"{path}: `test` must hold item ids 1 to {N} (0: none) for {U} users, as data.pt "
              "does; it was made from other data: make it again or delete it.")
 
+    if not isinstance(saved.get("seed", 0), int):
+        fail(f"{path}: `seed` must be a whole number.")
+    # In order of their ids, an item that comes twice stands beside itself.
     ordered = top.sort(1).values                                    # (U, top)
     twice = (ordered.diff() == 0) & (ordered[:, 1:] > 0)            # (U, top - 1)
     if twice.any():
@@ -373,26 +431,30 @@ def measure(saved, data):
     return entry
 
 
-def compare(models, args, rng):
+def compare(models, against):
     """Means over seeds, and intervals. -> dict: name of a model -> dict, a row of the tables"""
-    if args.against not in {"sasrec", *models}:
-        fail(f"--against {args.against}: the run has predictions of {', '.join(models)}.")
-    rows = {}
-    for name, seeds in tqdm(models.items(), "bootstrap", leave=False, disable=None):
-        rows[name] = mean_of_seeds(seeds)
-        if args.against in models and name != args.against:
-            others = models[args.against]
-            ours = torch.stack([one["gain"] for one in seeds])      # (seeds, U, metrics)
-            theirs = torch.stack([one["gain"] for one in others])   # (seeds, U, metrics)
-            same_seeds = rows[name]["seeds"] == [one["seed"] for one in others]
-            interval = paired_bootstrap(ours, theirs, args.draws, rng, same_seeds)
-            rows[name]["interval"] = interval.tolist()              # (2, metrics)
+    if against not in {"sasrec", *models}:
+        fail(f"--against {against}: the run has predictions of {', '.join(models)}.")
+    rows = {name: mean_of_seeds(seeds) for name, seeds in models.items()}
+    if against in models:
+        theirs = gains_by_seed(models[against])                     # (seeds, U, metrics)
+        for name, row in rows.items():
+            if name != against:
+                ours = gains_by_seed(models[name])                  # (seeds, U, metrics)
+                same_seeds = row["seeds"] == rows[against]["seeds"]
+                interval = interval_of_difference(ours, theirs, same_seeds)
+                row["interval"] = interval.tolist()                 # (2, metrics)
     return rows
+
+
+def gains_by_seed(seeds):
+    """The gains of a model's entries in one tensor. -> (seeds, U, metrics)"""
+    return torch.stack([one["gain"] for one in seeds])
 
 
 def mean_of_seeds(seeds):
     """One row of the tables from a model's entries, one a seed. -> dict"""
-    gain = torch.stack([one["gain"] for one in seeds])              # (seeds, U, metrics)
+    gain = gains_by_seed(seeds)                                     # (seeds, U, metrics)
     by_seed = gain.mean(1)                                          # (seeds, metrics)
     row = {"seeds": [one["seed"] for one in seeds],
            "mean": by_seed.mean(0).tolist(),
@@ -416,12 +478,17 @@ def read_curves(run):
     return curves
 
 
-def read_codes(run):
-    """-> dict: modality -> the artifact with its codes"""
+def read_codes(run, data):
+    """Everybody's codes: modalities may differ in K and in L. -> dict: modality -> its artifact"""
     trees = {}
     for path in sorted(run.folder.glob("*_codes.pt")):
-        modality = path.name.removesuffix("_codes.pt")
-        trees[modality] = run.load(path.name, "the script that made it", mmap=True)
+        tree = run.load(path.name, "the script that made it", mmap=True)
+        if not {"codes", "codebooks", "known"} <= tree.keys():
+            fail(f"{path} lacks `codes`, `codebooks` or `known`: 04_text_codes.py describes them.")
+        if len(tree["codes"]) != len(data["item_ids"]):
+            fail(f"{path} has codes of {len(tree['codes']) - 1} items, data.pt has "
+                 f"{len(data['item_ids']) - 1}: it was made from other data.")
+        trees[path.name.removesuffix("_codes.pt")] = tree
     return trees
 
 
@@ -440,6 +507,7 @@ def labels_of_items(data):
         rare = [name for name in names if 2 * frequent[name] < N]
         categories.append(rare[0] if rare else "")
 
+    # Numbers in the order in which labels first occur.
     truth = data.get("meta", {}).get("truth", {})
     labels = {}
     for name, values in {"category": categories, **truth}.items():
@@ -460,6 +528,8 @@ def describe_codes(trees, labels, rng):
         K = tree["codebooks"].shape[1]
         stats = use(tree["codes"][tree["known"]], K)
         for name, label in labels.items():
+            # Shuffled codes share prefixes as often as real ones, between items as they come: what
+            # real codes say beyond them is not chance.
             some = tree["known"] & (label >= 0)                     # (N+1,)
             if some.any():
                 of_items = tree["codes"][some].long()               # (n, L)
@@ -471,10 +541,12 @@ def describe_codes(trees, labels, rng):
 
 
 # --- Tables --------------------------------------------------------------------------------------
+# Each table is a header and rows of cells, all of them text.
 
 
 def report(data, rows, codes, trees, labels, args):
     """All tables and the sentences between them. -> str, as results.md has it"""
+    # The best model stands last, next to the sentences.
     worst_first = sorted(rows, key=lambda name: rows[name]["mean"][NDCG_10])
     rows = {name: rows[name] for name in worst_first}
     U = len(data["user_ids"])
@@ -483,8 +555,9 @@ def report(data, rows, codes, trees, labels, args):
         f"{U:,} users, {N:,} items, {len(data['events']):,} events; the item to find is each "
         "user's last, among all items.\n",
         quality_table(rows, args.against),
-        "\n± standard deviation over seeds; [..] 95 % interval of the difference, paired bootstrap"
-        " over users and\nseeds: where it holds zero, these data do not tell the two apart.\n",
+        "\n± standard deviation over seeds; [..] 95 % interval of the difference, for other users "
+        "and other seeds\n(of a model with one seed: for other users only). Where it holds zero, "
+        "these data do not tell the two apart.\n",
         cost_table(rows),
         "",
         shown_table(rows),
@@ -521,6 +594,7 @@ def figures(row, columns):
 
 
 def quality_table(rows, against):
+    """How good each model is, and whether it differs from the one called `against`. -> str"""
     header = ["model", "seeds"]
     header += [f"{name}@{k}" for name, k in METRICS]
     header += [f"Recall@10 - {against}", f"NDCG@10 - {against}"]
@@ -541,11 +615,13 @@ def quality_table(rows, against):
 
 
 def cost_table(rows):
+    """What each model costs. -> str"""
     header = ["model", *(column for _, column, _, _ in COSTS)]
     return markdown(header, [[name, *figures(row, COSTS)] for name, row in rows.items()])
 
 
 def shown_table(rows):
+    """What each model's first tens favour. -> str"""
     header = ["model", *(column for _, column, _, _ in SHOWN)]
     header.append("% Recall@10 by decile of the target's events, rare first")
     table = []
@@ -554,9 +630,17 @@ def shown_table(rows):
     return markdown(header, table)
 
 
+def deepest(codes):
+    """L of the modality that has most levels."""
+    return max((len(stats["perplexity"]) for stats in codes.values()), default=4)
+
+
 def codes_table(codes, trees):
-    header = ["codes", "items known", "K", "% of K used, levels 1-3", "perplexity, 1-4",
-              "% items alone after 1, 2, 3", "most items on one prefix", "moved"]
+    """How each modality uses its codes. Of the last level, against collisions, little. -> str"""
+    L = deepest(codes)
+    header = ["codes", "items known", "K", f"% of K used, levels 1-{L - 1}", f"perplexity, 1-{L}",
+              f"% items alone after {numbers(prefix_lengths(L))}", "most items on one prefix",
+              "moved"]
     table = []
     for modality, stats in codes.items():
         tree = trees[modality]
@@ -564,7 +648,7 @@ def codes_table(codes, trees):
         table.append([modality,
                       f"{known:.0%}",
                       str(tree["codebooks"].shape[1]),
-                      numbers(stats["used"][:3], 100),
+                      numbers(stats["used"][:len(stats["unique"])], 100),
                       numbers(stats["perplexity"]),
                       numbers(stats["unique"], 100),
                       numbers(stats["largest"]),
@@ -573,7 +657,9 @@ def codes_table(codes, trees):
 
 
 def meaning_table(codes, labels):
-    header = ["codes", "and", "NMI of prefixes of 1, 2, 3 levels", "if shuffled",
+    """What codes and shuffled codes say of each kind of label. -> str"""
+    lengths = numbers(prefix_lengths(deepest(codes)))
+    header = ["codes", "and", f"NMI of prefixes of {lengths} levels", "if shuffled",
               "purity", "if shuffled"]
     table = []
     for modality, stats in codes.items():
@@ -589,11 +675,14 @@ def meaning_table(codes, labels):
 
 
 # --- Charts --------------------------------------------------------------------------------------
-# From here on pictures are drawn, with nothing but lines, boxes and letters.
+# From here on pictures are drawn, with nothing but lines, polygons and letters. Whoever wants to
+# know how models are compared need not read on.
 
-WIDTH = 900       # of a PNG, in pixels
-HEIGHT = 280      # of a chart
-STYLES = [        # of a series: ink, corners of its mark, degrees that the mark is turned
+WIDTH = 900     # of a PNG, in pixels
+HEIGHT = 280    # of a panel
+
+# How series look: ink, corners of the mark, degrees by which the mark is turned.
+STYLES = [
     ("#1f3b5c", 30, 0),
     ("#d55e00", 4, 0),
     ("#7db8e8", 3, 0),
@@ -605,30 +694,20 @@ STYLES = [        # of a series: ink, corners of its mark, degrees that the mark
 ]
 
 
-class Series:
-    """One line, or bars of one ink. style: a place in STYLES; points: (x, y, half the interval)"""
-
-    def __init__(self, style, name, points):
-        self.ink, self.corners, self.turn = STYLES[style % len(STYLES)]
-        self.name = name
-        self.points = points
+class Series(NamedTuple):
+    """One line, or the bars of one ink."""
+    style: int
+    name: str
+    points: list  # (x, y, low, high): the interval of y, or y itself
 
 
-class Panel:
-    """A chart before it is drawn.
-
-    kind     "lines" or "bars"
-    title    what y is, with its unit
-    unit     what x is
-    labels   of x = 0, 1, ..; None: x is a number
-    """
-
-    def __init__(self, kind, title, unit, labels, series):
-        self.kind = kind
-        self.title = title
-        self.unit = unit
-        self.labels = labels
-        self.series = series
+class Panel(NamedTuple):
+    """A chart before it is drawn."""
+    kind: str     # "lines" or "bars"
+    title: str    # what y is, with its unit
+    unit: str     # what x is
+    labels: list  # of x = 0, 1, ..; None: x is a number
+    series: list
 
 
 class Axes:
@@ -638,27 +717,33 @@ class Axes:
     """
 
     def __init__(self, panel, left, top, wide, keys):
+        # From top to bottom: title, legend, the chart, labels and unit of x.
+        self.wide = wide
         self.left = left + 120
         self.right = left + wide - 40
         self.title = top + 20
         self.legend = top + 84
         self.keys = keys
-        self.wide = wide
-        legend_rows = (len(panel.series) - 1) // keys
-        self.top = top + 120 + 34 * legend_rows
+        more_rows = (len(panel.series) - 1) // keys  # of the legend
+        self.top = top + 120 + 34 * more_rows
         self.bottom = top + 450
 
-        points = [point for series in panel.series for point in series.points]
-        self.low = min(y for _, y, _ in points)
-        self.high = 1.05 * max(y + half for _, y, half in points) + 1e-3
+        # y begins at 0, but for lines that would then lie far up and flat.
+        points = []
+        for series in panel.series:
+            points += series.points
+        self.low = min(y for _, y, _, _ in points)
+        self.high = 1.05 * max(high for _, _, _, high in points) + 1e-3
         if panel.kind == "bars" or self.low <= self.high / 2:
             self.low = 0
+
+        # Bars and groups stand in the middle of their label's room.
         if panel.labels:
             self.first = -0.5
             self.last = len(panel.labels) - 0.5
         else:
             self.first = 0
-            self.last = max(x for x, _, _ in points)
+            self.last = max(x for x, _, _, _ in points)
 
     def place(self, x, y):
         """Numbers -> pixels."""
@@ -669,7 +754,7 @@ class Axes:
 
 
 def chart(run, name, columns, panels):
-    """Draws panels into one PNG, twice as large and then halved: lines become smooth."""
+    """Draws panels into one PNG, twice as large and then halved: so lines become smooth."""
     if not panels[0].series:
         print(f"{name} is not drawn: the run lacks what it shows")
         return
@@ -692,12 +777,14 @@ def chart(run, name, columns, panels):
 
 
 def draw_axes(draw, panel, axes):
-    """A grid line for each round number of y, marks of x, the title and the unit."""
-    font = ImageFont.load_default(24)
+    """A grid line for each round number of y, marks of x, the title and the unit.
+
+    The last argument of text() says which point of the text lies there: "rm" right and middle.
+    """
     for y in ticks(axes.low, axes.high):
         draw.line((axes.place(axes.first, y), axes.place(axes.last, y)), "#d0d0d0", 2)
         _, height = axes.place(0, y)
-        draw.text((axes.left - 12, height), f"{y:.4g}", "black", font, "rm")
+        draw.text((axes.left - 12, height), f"{y:.4g}", "black", font(24), "rm")
 
     marks = {}  # x -> what stands below it
     if panel.labels:
@@ -709,13 +796,13 @@ def draw_axes(draw, panel, axes):
             marks[x] = f"{x:.4g}"
     for x, mark in marks.items():
         side, _ = axes.place(x, 0)
-        draw.text((side, axes.bottom + 14), mark, "black", font, "ma", align="center")
+        draw.text((side, axes.bottom + 14), mark, "black", font(24), "ma", align="center")
 
     corner = (axes.left, axes.bottom)
     draw.line(((axes.left, axes.top), corner, (axes.right, axes.bottom)), "black", 3)
     middle = (axes.left + axes.right) / 2
-    draw.text((middle, axes.bottom + 100), panel.unit, "black", font, "md")
-    draw.text((axes.left, axes.title), panel.title, "black", ImageFont.load_default(28))
+    draw.text((middle, axes.bottom + 100), panel.unit, "black", font(24), "md")
+    draw.text((axes.left, axes.title), panel.title, "black", font(28))
 
 
 def draw_legend(draw, panel, axes):
@@ -728,46 +815,64 @@ def draw_legend(draw, panel, axes):
         y = axes.legend + i // axes.keys * 34
         draw_mark(draw, panel, series, x + 12, y)
         name = cut(series.name, room, 24, 1)
-        draw.text((x + 32, y), name, "black", ImageFont.load_default(24), "lm")
+        draw.text((x + 32, y), name, "black", font(24), "lm")
 
 
 def draw_mark(draw, panel, series, x, y):
     """A polygon where lines cross it, a square in the legend of bars."""
-    corners = series.corners if panel.kind == "lines" else 4
-    turn = series.turn if panel.kind == "lines" else 0
-    draw.regular_polygon((x, y, 12), corners, turn, series.ink)
+    ink, corners, turn = look(series.style)
+    if panel.kind == "bars":
+        draw.regular_polygon((x, y, 12), 4, 0, ink)
+    else:
+        draw.regular_polygon((x, y, 12), corners, turn, ink)
+
+
+def look(style):
+    """After eight series the inks come again, with other marks. -> ink, corners, turn"""
+    again = style // len(STYLES)
+    ink, _, _ = STYLES[style % len(STYLES)]
+    _, corners, turn = STYLES[(style + again) % len(STYLES)]
+    return ink, corners, turn
 
 
 def draw_lines(draw, panel, axes):
+    """Lines with marks, so that they can be told apart without colours too."""
     for series in panel.series:
-        places = [axes.place(x, y) for x, y, _ in series.points]
-        draw.line(places, series.ink, 4)
+        ink, _, _ = look(series.style)
+        places = [axes.place(x, y) for x, y, _, _ in series.points]
+        draw.line(places, ink, 4)
         each = math.ceil(len(places) / 15)  # of many points only some have a mark
         for x, y in places[::each]:
             draw_mark(draw, panel, series, x, y)
 
 
 def draw_bars(draw, panel, axes):
-    """Bars of one x stand side by side; a black line from y - half to y + half is its interval."""
+    """Bars of one x stand side by side; a black line from low to high is the interval."""
     count = len(panel.series)
     half_bar = 0.4 / count  # in units of x
     has_room = axes.wide * half_bar > 26 * len(panel.labels)  # for numbers
     for i, series in enumerate(panel.series):
-        for x, y, half in series.points:
+        ink, _, _ = look(series.style)
+        for x, y, low, high in series.points:
             x += (2 * i + 1 - count) * half_bar
             box = (axes.place(x - half_bar, y), axes.place(x + half_bar, axes.low))
-            draw.rectangle(box, series.ink, "black", 2)
-            draw.line((axes.place(x, y - half), axes.place(x, y + half)), "black", 5)
+            draw.rectangle(box, ink, "black", 2)
+            draw.line((axes.place(x, low), axes.place(x, high)), "black", 5)
             if has_room:
                 number = f"{y:.3f}" if axes.high < 2 else f"{y:.0f}"
-                font = ImageFont.load_default(24)
-                draw.text(axes.place(x, y + half), number, "black", font, "md")
+                draw.text(axes.place(x, high), number, "black", font(24), "md")
+
+
+@functools.cache
+def font(size):
+    """The letters that come with Pillow. To read them takes longer than to draw with them."""
+    return ImageFont.load_default(size)
 
 
 def cut(text, width, size, most):
     """A text in at most `most` lines of about `width` pixels, in letters that the font has."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().strip()
-    length = ImageFont.load_default(size).getlength(plain)
+    length = font(size).getlength(plain)
     letters = width * len(plain) / max(1, length)
     lines = textwrap.wrap(plain, max(3, int(letters)), max_lines=most, placeholder="…")
     return "\n".join(lines)
@@ -790,8 +895,13 @@ def best_first(rows):
 
 
 def finite(xs, ys):
-    """Points of a series without intervals; those without a number are left out."""
-    return [(x, float(y), 0) for x, y in zip(xs, ys) if math.isfinite(y)]
+    """The points of a series without intervals; where y is no number there is none."""
+    points = []
+    for x, y in zip(xs, ys):
+        y = float(y)
+        if math.isfinite(y):
+            points.append((x, y, y, y))
+    return points
 
 
 def draw_recall(run, rows):
@@ -799,17 +909,24 @@ def draw_recall(run, rows):
     names = best_first(rows)
     points = []
     for x, name in enumerate(names):
-        row = rows[name]
-        points.append((x, row["mean"][RECALL_10], row["error"][RECALL_10]))
-    series = Series(2, "mean over users and seeds; black: its 95 % interval", points)
+        mean = rows[name]["mean"][RECALL_10]
+        half = rows[name]["error"][RECALL_10]
+        # Two seeds far apart may make the interval wider than all that recall can be.
+        low = max(0, mean - half)
+        high = min(1, mean + half)
+        points.append((x, mean, low, high))
+    name = ("mean; black: its 95 % interval, for other users and other seeds "
+            "(with one seed: for other users only)")
+    series = Series(2, name, points)
     chart(run, "recall.png", 1, [Panel("bars", "Recall@10", "model", names, [series])])
 
 
 def draw_rarity(run, rows, data):
     """rarity.png: the same for ten groups of users, by how rare the item is that they look for."""
+    # Each group is named after its rarest and its most frequent item.
     bought = data["train_counts"][targets(data).long()]             # (U,)
     groups = []
-    for part in bought.sort().values.tensor_split(10):                        # (U / 10,)
+    for part in bought.sort().values.tensor_split(10):              # (U / 10,)
         if len(part):
             groups.append(f"{part[0]}-{part[-1]}")
 
@@ -853,14 +970,18 @@ def draw_curves(run, rows, curves, data):
 
 def draw_codes(run, codes):
     """codes.png: how much of each level's codebook is in use."""
+    # With as many levels everywhere the last one is that of the collisions in each modality.
+    L = deepest(codes)
+    labels = [str(level) for level in range(1, L + 1)]
+    if L > 1 and all(len(stats["used"]) == L for stats in codes.values()):
+        labels[-1] += ": collisions"
     panels = []
     for title, key, unit in (("codes in use, % of K", "used", 100),
                              ("perplexity of the codes", "perplexity", 1)):
         series = []
         for style, (modality, stats) in enumerate(codes.items()):
             values = [unit * x for x in stats[key]]
-            series.append(Series(style, modality, finite(range(4), values)))
-        labels = ["1", "2", "3", "4: collisions"]
+            series.append(Series(style, modality, finite(range(L), values)))
         panels.append(Panel("bars", title, "level", labels, series))
     chart(run, "codes.png", 2, panels)
 
@@ -873,13 +994,11 @@ CANDIDATES = 2000   # items that may be neighbours
 GREY = 208          # instead of a picture
 
 
-class Strip:
-    """A row of items, or a heading where it has none. framed: those that get a frame"""
-
-    def __init__(self, label, items=(), framed=()):
-        self.label = label
-        self.items = items
-        self.framed = framed
+class Strip(NamedTuple):
+    """A row of items; without items the label is a heading."""
+    label: str
+    items: list = ()
+    framed: list = ()  # those that get a frame
 
 
 def read_images(run, data):
@@ -903,7 +1022,7 @@ def sheet(run, name, strips, data, images):
     y = 8
     for strip in strips:
         size = 12 if strip.items else 15
-        draw.text((8, y), strip.label, "black", ImageFont.load_default(size), spacing=5)
+        draw.text((8, y), strip.label, "black", font(size), spacing=5)
         for column, item in enumerate(strip.items):
             draw_item(canvas, 112 + 72 * column, y, item, data, images)
             if item in strip.framed:
@@ -923,8 +1042,8 @@ def draw_item(canvas, x, y, item, data, images):
         tile = tile.resize((64, 64), Image.Resampling.LANCZOS)
     canvas.paste(tile, (x, y))
     title = cut(data["titles"][item] or data["item_ids"][item], 67, 11, 2)
-    font = ImageFont.load_default(11)
-    ImageDraw.Draw(canvas).text((x + 32, y + 68), title, "black", font, "ma", 2, "center")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((x + 32, y + 68), title, "black", font(11), "ma", 2, "center")
 
 
 def most_bought(items, data):
@@ -941,15 +1060,18 @@ def draw_trees(run, trees, labels, data, images):
 
 
 def tree_strips(modality, tree, labels, data):
+    """-> list of Strip"""
+    # The most bought items first: of a long row only those are shown.
     known = most_bought(tree["known"].nonzero()[:, 0], data)        # (n,)
     codes = tree["codes"][known].long()                             # (n, L)
     strips = []
     for first, _ in Counter(codes[:, 0].tolist()).most_common(4):
         strips.append(Strip(f"{modality} codes that begin with {first}, two largest branches"))
-        second = codes[codes[:, 0] == first, 1]                     # (that begin so,)
         prefixes = [[first]]
-        for code, _ in Counter(second.tolist()).most_common(2):
-            prefixes.append([first, code])
+        if codes.shape[1] > 1:
+            second = codes[codes[:, 0] == first, 1]                 # (that begin so,)
+            for code, _ in Counter(second.tolist()).most_common(2):
+                prefixes.append([first, code])
 
         for prefix in prefixes:
             begins_so = (codes[:, :len(prefix)] == torch.tensor(prefix)).all(1)  # (n,)
@@ -974,20 +1096,29 @@ def commonest_label(items, labels):
 def draw_neighbours(run, trees, data, images, rng):
     """neighbours.png: what lies next to the five best sellers, for RQ-DINO and for raw pixels."""
     strips = []
-    if images.shape[2] > 1 and "image" in trees:
-        tree = trees["image"]
-        known = tree["known"].nonzero()[:, 0]                       # (n,)
-        some = torch.randperm(len(known), generator=rng)[:CANDIDATES]
-        known = most_bought(known[some], data)                      # (n,)
-        views = {"RQ-DINO": tree["embeddings"][known],              # (n, d)
-                 "raw pixels": images[known].flatten(1).float()}    # (n, 3 * S * S)
-        for i, item in enumerate(known[:5].tolist()):
-            for name, x in views.items():
-                distance = torch.cdist(x[i:i + 1], x)[0]            # (n,)
-                nearest = distance.argsort(stable=True)[:COLUMNS]   # (columns,)
-                label = f"{name}:\nnearest to\nthe framed"
-                strips.append(Strip(label, known[nearest].tolist(), [item]))
+    tree = trees.get("image", {})
+    if images.shape[2] > 1 and "embeddings" in tree:
+        strips = neighbour_strips(tree, data, images, rng)
     sheet(run, "neighbours.png", strips, data, images)
+
+
+def neighbour_strips(tree, data, images, rng):
+    """-> list of Strip"""
+    # Distances to all items of a large catalogue would take long: a sample will do.
+    known = tree["known"].nonzero()[:, 0]                           # (n,)
+    some = torch.randperm(len(known), generator=rng)[:CANDIDATES]
+    known = most_bought(known[some], data)                          # (n,)
+    views = {"RQ-DINO": tree["embeddings"][known],                  # (n, d)
+             "raw pixels": images[known].flatten(1).float()}        # (n, 3 * S * S)
+
+    strips = []
+    for i, item in enumerate(known[:5].tolist()):
+        for name, x in views.items():
+            distance = torch.cdist(x[i:i + 1], x)[0]                # (n,)
+            closest = distance.argsort(stable=True)[:COLUMNS]       # (columns,)
+            label = f"{name}:\nnearest to\nthe framed"
+            strips.append(Strip(label, known[closest].tolist(), [item]))
+    return strips
 
 
 def draw_histories(run, models, data, images):
@@ -997,6 +1128,7 @@ def draw_histories(run, models, data, images):
 
 
 def history_strips(models, data):
+    """-> list of Strip"""
     events = data["events"]
     offsets = data["offsets"]
     U = len(offsets) - 1

@@ -1,13 +1,21 @@
 """06_eval.py: metrics and intervals by hand, and a table that any model joins by a file."""
 
+import hashlib
 import math
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
+from conftest import SCRIPTS, command, script
 from PIL import Image
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 evaluation = script(6)
 
@@ -43,7 +51,7 @@ def write_predictions(run, name, test, seed=0, **other):
 
 
 def results(run, *options):
-    evaluation.main(["--run", str(run), "--draws", "100", *options])
+    evaluation.main(["--run", str(run), *options])
     return torch.load(run / "results.pt", weights_only=True), (run / "results.md").read_text(encoding="utf-8")
 
 
@@ -117,22 +125,136 @@ def test_interval_of_equal_models_holds_zero_and_of_a_better_one_does_not(tmp_pa
     assert torch.tensor(against["sasrec"]["interval"]).max() < 0 and "interval" not in against["better"]
 
 
-def test_interval_is_as_wide_as_theory_says():
+def test_with_one_seed_the_interval_is_that_of_users():
     """Differences of 0 or 1, 100 of 400: a mean of 0.25, a standard error of sqrt(0.25 * 0.75 / 400)."""
-    ours, theirs = torch.zeros(1, 400, 5, dtype=torch.double), torch.zeros(1, 400, 5, dtype=torch.double)
+    ours = torch.zeros(1, 400, 5, dtype=torch.double)
     ours[:, :100] = 1
-    low, high = evaluation.paired_bootstrap(ours, theirs, 2000, torch.Generator().manual_seed(0))
     error = math.sqrt(0.25 * 0.75 / 400)
-    torch.testing.assert_close(low, torch.full((5,), 0.25 - 1.96 * error, dtype=torch.double), atol=5e-3, rtol=0)
-    torch.testing.assert_close(high, torch.full((5,), 0.25 + 1.96 * error, dtype=torch.double), atol=5e-3, rtol=0)
+    for same_seeds in (False, True):
+        low, high = evaluation.interval_of_difference(ours, torch.zeros_like(ours), same_seeds)
+        assert low.tolist() == pytest.approx([0.25 - 1.96 * error] * 5)
+        assert high.tolist() == pytest.approx([0.25 + 1.96 * error] * 5)
 
 
-def test_seeds_that_differ_widen_the_interval():
-    """No user differs from another here: all there is to be unsure of is which seeds were run."""
+def test_with_two_seeds_and_users_that_are_all_alike_the_interval_is_student_s():
+    """Seeds gain 1 and 3: a mean of 2 with a standard error of sqrt(2) / sqrt(2) and one degree of freedom."""
     ours, theirs = torch.ones(2, 50, 5, dtype=torch.double), torch.ones(1, 50, 5, dtype=torch.double)
     ours[1] = 3
-    low, high = evaluation.paired_bootstrap(ours, theirs, 200, torch.Generator().manual_seed(0))
-    assert low.tolist() == pytest.approx([0.0] * 5) and high.tolist() == pytest.approx([2.0] * 5)
+    low, high = evaluation.interval_of_difference(ours, theirs, False)
+    assert low.tolist() == pytest.approx([1 - 12.706] * 5, abs=1e-3)
+    assert high.tolist() == pytest.approx([1 + 12.706] * 5, abs=1e-3)
+
+
+def test_student_s_t_is_that_of_the_tables():
+    table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 29: 2.0452, 99: 1.9842}
+    for degrees, t in table.items():
+        assert evaluation.student(degrees) == pytest.approx(t, abs=5e-4)
+    assert evaluation.student(1000) == pytest.approx(1.9623, abs=5e-4)
+
+
+def test_the_users_part_is_what_two_seeds_have_in_common():
+    """var(user) is the covariance, over users, of the gains with two seeds: the mean over all pairs of seeds."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 30, 1, dtype=torch.double) + 2 * torch.randn(3, 30, 1, dtype=torch.double)
+    covariance = torch.cov(x[:, :, 0], correction=0)  # (3, 3)
+    pairs = [covariance[a, b].item() for a, b in ((0, 1), (0, 2), (1, 2))]
+    users_part = sum(pairs) / 3 / 30
+    assert users_part > 0
+    seeds_part = x.mean(1).var().item() / 3
+    half = evaluation.half_interval(x)
+    assert half.item() == pytest.approx(math.sqrt(1.96 ** 2 * users_part + 4.3027 ** 2 * seeds_part), rel=1e-4)
+
+
+USERS = 400   # they stand for 4,000: with sqrt(10) times the effects the parts have the same shares
+REPEATS = 500
+LIMIT = 0.2533  # a normal number is above it in 4 of 10 cases
+
+
+def hits(seeds, effect, users, rng):
+    """Whether a model finds users' items, again and again. users: (USERS, REPEATS), what is hard for every
+    model; effect: the deviation of a seed's recall. -> (seeds, USERS, REPEATS), its expected mean"""
+    slope = 0.386  # of recall, if all users become harder
+    shift = effect / slope * torch.randn(seeds, 1, REPEATS, generator=rng)
+    tastes = torch.randn(USERS, REPEATS, generator=rng)  # what this model is good at, with any seed
+    luck = torch.randn(seeds, USERS, REPEATS, generator=rng)
+    score = 0.7 * users + 0.4 * tastes + math.sqrt(1 - 0.7 ** 2 - 0.4 ** 2) * luck + shift
+    deviation = math.sqrt(1 + (effect / slope) ** 2)
+    expected = 0.5 * math.erfc(LIMIT / deviation / math.sqrt(2))
+    return (score > LIMIT).double(), expected
+
+
+def coverage_and_width(mean, half, truth):
+    """How often the interval holds the truth, and its width in units of that which knows all variances."""
+    off = mean - truth
+    deviation = off.square().mean().sqrt()
+    return (off.abs() <= half).double().mean().item(), (half.mean() / (1.96 * deviation)).item()
+
+
+@pytest.mark.parametrize("seeds", (3, 5, 10))
+@pytest.mark.parametrize("effect", (0.0, 0.012), ids=("no effect of seeds", "an effect of .012"))
+def test_intervals_hold_the_truth_in_95_of_100_repetitions(seeds, effect):
+    """Two models that are as good, Recall@10 .4: the difference, seeds paired or not, and the bar of one."""
+    rng = torch.Generator().manual_seed(0)
+    effect = effect * math.sqrt(10)
+    users = torch.randn(USERS, REPEATS, generator=rng)
+    ours, expected = hits(seeds, effect, users, rng)
+    theirs, _ = hits(seeds, effect, users, rng)
+    found = [coverage_and_width(ours.mean((0, 1)), evaluation.half_interval(ours), expected)]
+    for same_seeds in (True, False):
+        low, high = evaluation.interval_of_difference(ours, theirs, same_seeds)
+        found.append(coverage_and_width((low + high) / 2, (high - low) / 2, 0))
+    for coverage, width in found:
+        assert coverage >= 0.93
+        assert width <= (1.6 if seeds >= 5 else 2.1)
+
+
+@pytest.mark.parametrize("seeds", (3, 5, 10))
+def test_intervals_hold_the_truth_where_only_seeds_matter(seeds):
+    rng = torch.Generator().manual_seed(0)
+    ours = torch.randn(seeds, 1, 20_000, generator=rng).double().expand(-1, 10, -1)
+    coverage, width = coverage_and_width(ours.mean((0, 1)), evaluation.half_interval(ours), 0)
+    assert 0.945 <= coverage <= 0.955  # nothing else is unsure: the interval is exact
+    assert width <= (1.6 if seeds >= 5 else 2.1)
+
+
+def write_seeds(run, targets, name, found, files=None):
+    """Predictions of a model whose seed s finds the items of the first found[s] users."""
+    for seed, count in enumerate(found):
+        ranks = [1] * count + [None] * (len(targets) - count)
+        write_predictions(run, name, lists(targets, ranks), seed)
+        if files:
+            (run / f"predictions-{name}-s{seed}.pt").rename(run / files[seed])
+
+
+def test_seeds_of_two_models_are_paired_and_users_too(tmp_path):
+    """Seed by seed one model finds the items of 10 more users of 100, while seeds differ by 60: paired, all
+    that is unsure is which users came."""
+    targets = torch.arange(100).remainder(N).add(1).tolist()
+    run = write_run(tmp_path / "run", targets)
+    write_seeds(run, targets, "sasrec", [10, 40, 70])
+    write_seeds(run, targets, "better", [20, 50, 80], ["predictions-z.pt", "predictions-y.pt", "predictions-x.pt"])
+    row = results(run)[0]["rows"]["better"]
+    assert row["seeds"] == [0, 1, 2]  # whatever the order of the files
+    low, high = (part[2] for part in row["interval"])
+    assert (low + high) / 2 == pytest.approx(0.1)
+    assert 0 < low and high < 0.2
+
+
+def test_bars_know_that_other_seeds_would_be_better_or_worse(tmp_path):
+    """Three seeds with Recall@10 of .1, .4, .7: a standard error of .3 / sqrt(3), and users beside."""
+    targets = torch.arange(100).remainder(N).add(1).tolist()
+    run = write_run(tmp_path / "run", targets)
+    write_seeds(run, targets, "sasrec", [10, 40, 70])
+    error = results(run)[0]["rows"]["sasrec"]["error"][2]
+    assert 4.3027 * 0.3 / math.sqrt(3) < error < 1.05 * 4.3027 * 0.3 / math.sqrt(3)
+
+
+def test_the_table_says_what_its_intervals_are_for(tmp_path):
+    targets = [1, 2, 3, 4]
+    run = write_run(tmp_path / "run", targets)
+    write_predictions(run, "sasrec", lists(targets, [1, 2, 3, 4]))
+    table = results(run)[1]
+    assert "for other users and other seeds\n(of a model with one seed: for other users only)" in table
 
 
 def test_a_foreign_model_joins_with_two_keys(tmp_path, capsys):
@@ -170,6 +292,42 @@ def test_tables_of_codes(tmp_path):
     assert cells(table, "text") == [["text", "75%", "16", "19, 69, 6", "3, 4, 1, 1", "0, 37, 37", "11, 10, 10", "3"]]
 
 
+def test_codes_from_anywhere_are_shown(tmp_path):
+    """Modalities of other K and other L: each has its own K in the table, and its own number of levels."""
+    run = write_run(tmp_path / "run", [4, 8])
+    write_predictions(run, "sasrec", lists([4, 8], [2, 2]))
+    known = torch.arange(N + 1) > 0
+    torch.manual_seed(0)
+    for modality, L, K in (("one", 1, 1000), ("two", 2, 300), ("four", 4, 7), ("five", 5, 8)):
+        codes = torch.randint(K, (N + 1, L)).to(torch.int16)
+        codebooks = torch.zeros(max(1, L - 1), K, 5)
+        torch.save({"codes": codes, "known": known, "codebooks": codebooks}, run / f"{modality}_codes.pt")
+    saved, table = results(run)
+    used = {modality: len(stats["used"]) for modality, stats in saved["codes"].items()}
+    alone = {modality: len(stats["unique"]) for modality, stats in saved["codes"].items()}
+    assert used == {"one": 1, "two": 2, "four": 4, "five": 5}
+    assert alone == {"one": 1, "two": 1, "four": 3, "five": 4}
+    assert [cells(table, modality)[0][2] for modality in used] == [
+        {"one": "1000", "two": "300", "four": "7", "five": "8"}[modality] for modality in used]
+    assert "levels 1-4" in table and "perplexity, 1-5" in table and "after 1, 2, 3, 4 " in table
+    for modality in used:
+        with Image.open(run / f"tree-{modality}.png") as picture:
+            assert picture.height > 200
+    with Image.open(run / "codes.png") as picture:
+        assert picture.height == evaluation.HEIGHT
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda saved: {"codes": saved["codes"]}, "lacks"),
+    (lambda saved: saved | {"codes": saved["codes"][1:]}, "other data")])
+def test_codes_that_fit_no_items_are_one_sentence(tmp_path, capsys, change, says):
+    run = write_run(tmp_path / "run", [4, 8])
+    saved = {"codes": torch.zeros(N + 1, 4).short(), "known": torch.arange(N + 1) > 0, "codebooks": torch.zeros(3, 8, 2)}
+    torch.save(change(saved), run / "text_codes.pt")
+    said = refused(capsys, run)
+    assert says in said and "text_codes.pt" in said
+
+
 def without(name):
     return lambda saved: {key: value for key, value in saved.items() if key != name}
 
@@ -183,6 +341,7 @@ def without(name):
     (lambda saved: saved | {"test": saved["test"].tolist()}, "item ids"),
     (lambda saved: saved | {"test": saved["test"][:, :0]}, "item ids"),
     (lambda saved: saved | {"test": saved["test"][:, [0, 1, 1]]}, "twice"),
+    (lambda saved: saved | {"seed": "one"}, "`seed`"),
     (without("name"), "`name`"), (without("test"), "`test`"), (lambda saved: saved["test"], "damaged"),
     (lambda saved: saved | {"options": {"run": Path("runs")}}, "damaged")])
 def test_files_that_cannot_be_compared_are_one_sentence(tmp_path, capsys, change, says):
@@ -205,7 +364,8 @@ def test_nothing_to_compare_is_one_sentence(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     assert "01_data.py" in refused(capsys, tmp_path / "run")
     run = write_run(tmp_path / "run", [4, 8])
-    assert "--draws" in refused(capsys, run, "--draws", "0")
+    assert "--seed" in refused(capsys, run, "--seed", "-1")
+    assert "nobody" in refused(capsys, run, "--against", "nobody")
 
 
 def test_popularity_needs_no_file_and_none_of_an_old_run_disturbs_it(tmp_path):
@@ -277,3 +437,143 @@ def test_letters_and_ticks():
     assert evaluation.cut("one two three four five six", 40, 11, 2).count("\n") == 1
     assert evaluation.ticks(0, 0.43) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert evaluation.ticks(4.7, 7.3) == pytest.approx([5, 5.5, 6, 6.5, 7])
+
+
+def test_the_item_to_be_found_is_framed(tmp_path):
+    """In the history it is the last one; in a list it is framed where it was found, and nothing else is."""
+    run = write_run(tmp_path / "run", [38, 38])
+    write_predictions(run, "sasrec", lists([38, 38], [1, 2]))
+    models = evaluation.read_predictions(evaluation.Run(run), torch.load(run / "data.pt"))
+    strips = evaluation.history_strips(models, torch.load(run / "data.pt"))
+    rows = [(strip.label, strip.items[:3], strip.framed) for strip in strips if strip.items]
+    assert rows == [("history", [39, 40, 38], [38]), ("popularity", [40, 39, 38], [38]), ("sasrec", [38, 1, 2], [38]),
+                    ("history", [39, 40, 38], [38]), ("popularity", [40, 39, 38], [38]), ("sasrec", [1, 38, 2], [38])]
+    results(run)
+    orange = (213, 94, 0)
+    with Image.open(run / "histories.png") as picture:
+        for y, framed in ((38, 2), (138, 2), (238, 0)):  # below the heading: history, popularity, sasrec
+            for column in range(3):
+                left = 112 + 72 * column - 2  # between the picture and the one before
+                assert (picture.getpixel((left, y + 30)) == orange) == (column == framed)
+
+
+def test_neighbours_begin_with_the_item_itself(smoke):
+    run = evaluation.Run(smoke[0])
+    data = run.load("data.pt", "01_data.py")
+    images = evaluation.read_images(run, data)
+    tree = run.load("image_codes.pt", "03")
+    strips = evaluation.neighbour_strips(tree, data, images, torch.Generator().manual_seed(0))
+    bought = data["train_counts"].masked_fill(~tree["known"], -1)
+    assert len(strips) == 10 and strips[0].framed == [bought.argmax().item()]
+    for strip in strips:
+        assert strip.framed == strip.items[:1]
+        kind = tree["embeddings"] if strip.label.startswith("RQ-DINO") else images.flatten(1).float()
+        distance = (kind[strip.items] - kind[strip.items[0]]).norm(dim=1)  # (columns,)
+        assert (distance.diff() >= -1e-3).all()
+
+
+def test_branches_of_the_tree_hold_the_items_that_begin_so(tmp_path):
+    """Codes 5, 5, 5, 2, 2, .. and then 1, 1, 0, ..: the fullest first code, then its two branches."""
+    codes = torch.tensor([[0, 0], [5, 1], [5, 1], [5, 0], [2, 3], [2, 3]])
+    tree = {"codes": codes, "known": torch.tensor([False] + [True] * 5)}
+    data = {"train_counts": torch.tensor([0, 1, 2, 3, 4, 5])}
+    labels = {"colour": torch.tensor([-1, 7, 7, 7, 0, 1]), "kind": torch.tensor([-1, 0, 1, 2, 3, 3])}
+    strips = evaluation.tree_strips("image", tree, labels, data)
+    assert [strip.items for strip in strips] == [(), [3, 2, 1], [2, 1], [3], (), [5, 4], [5, 4]]
+    assert strips[1].label == "5, ..\n3 items\n100% one\ncolour"
+    assert strips[-1].label == "2, 3, ..\n2 items\n100% one\nkind"
+
+
+def test_more_models_than_inks_can_be_told_apart():
+    looks = [evaluation.look(style) for style in range(24)]
+    assert len(set(looks)) == 24
+
+
+def test_a_bar_s_interval_holds_nothing_that_recall_cannot_be(monkeypatch):
+    """Two seeds far apart: half the interval is more than 1."""
+    drawn = []
+    monkeypatch.setattr(evaluation, "chart", lambda run, name, columns, panels: drawn.extend(panels))
+    evaluation.draw_recall(None, {"sasrec": {"mean": [0.5] * 5, "error": [6.4] * 5},
+                                  "other": {"mean": [0.25] * 5, "error": [0.125] * 5}})
+    assert drawn[0].labels == ["sasrec", "other"]
+    assert drawn[0].series[0].points == [(0, 0.5, 0, 1), (1, 0.25, 0.125, 0.375)]
+
+
+# --- Files, consoles, notebooks ---------------------------------------------------------------------------------------
+def test_popularity_counts_training_events_only(tmp_path):
+    """Test events say that item 1 is the best seller, training events say item 40."""
+    run = write_run(tmp_path / "run", [1] * 30)
+    row = results(run)[0]["rows"]["popularity"]
+    assert row["mean"][2] == 0  # item 1 is the worst seller of 40
+
+
+def test_main_may_be_called_for_another_run_in_the_same_process(tmp_path):
+    for name, targets in (("first", [4, 8]), ("second", [5, 9, 7])):
+        run = write_run(tmp_path / name, targets)
+        digest = hashlib.sha256((run / "data.pt").read_bytes()).hexdigest()
+        write_predictions(run, name, lists(targets, [1] * len(targets)), made_from={"data.pt": digest})
+        made_from = results(run)[0]["made_from"]
+        assert made_from.keys() == {"data.pt", f"predictions-{name}-s0.pt"}
+        assert made_from["data.pt"] == digest
+
+
+@pytest.mark.skipif(resource is None, reason="Windows has no such limits")
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_picture(tmp_path):
+    """Files may grow as large as results.pt, which is less than a picture needs."""
+    targets = [4, 8]
+    run = write_run(tmp_path / "run", targets)
+    write_predictions(run, "sasrec", lists(targets, [1, 1]))
+    results(run)
+    most = max((run / name).stat().st_size for name in ("results.pt", "results.md")) + 200
+    assert most < (run / "recall.png").stat().st_size
+    (run / "recall.png").write_bytes(b"the old one")
+    full = subprocess.run(command(6, "--run", run), capture_output=True, text=True, preexec_fn=lambda:
+                          resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
+    assert full.returncode == 2 and full.stderr.count("\n") == 1
+    assert "recall.png cannot be written" in full.stderr
+    assert (run / "recall.png").read_bytes() == b"the old one"
+    assert not list(run.glob("*.partial"))
+
+
+def test_a_full_disk_leaves_the_old_table(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", [4, 8])
+    (run / "results.md").write_text("the old one")
+    replace = os.replace
+
+    def full(partial, path):
+        if path.name == "results.md":
+            raise OSError(28, "No space left on device")
+        replace(partial, path)
+
+    monkeypatch.setattr(evaluation.os, "replace", full)
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(["--run", str(run)])
+    assert end.value.code == 2 and "results.md cannot be written" in capsys.readouterr().err
+    assert (run / "results.md").read_text() == "the old one"
+    assert not list(run.glob("*.partial"))
+
+
+@pytest.mark.parametrize("encoding", ("ascii", "cp437", "utf-8"))
+def test_a_console_that_lacks_a_letter_ends_in_pictures_too(tmp_path, monkeypatch, encoding):
+    run = write_run(tmp_path / "run", [4, 8])
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    process = subprocess.run(command(6, "--run", run), capture_output=True)
+    assert process.returncode == 0 and process.stderr == b""
+    assert "histories.png" in {path.name for path in run.glob("*.png")}
+    assert "±" in (run / "results.md").read_text(encoding="utf-8")
+
+
+def test_python_that_skips_asserts_checks_all_the_same(tmp_path, capsys):
+    """Compiled as python -O compiles it, the script refuses data of which one bit has flipped."""
+    run = write_run(tmp_path / "run", [4, 8])
+    script_without_asserts = {"__name__": "optimised"}
+    exec(compile(SCRIPTS[5].read_text(), SCRIPTS[5], "exec", optimize=2), script_without_asserts)
+    script_without_asserts["main"](["--run", str(run)])
+    whole = bytearray((run / "data.pt").read_bytes())
+    events = torch.load(run / "data.pt", weights_only=True)["events"].numpy().tobytes()
+    whole[whole.index(events)] ^= 1
+    (run / "data.pt").write_bytes(whole)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        script_without_asserts["main"](["--run", str(run)])
+    assert end.value.code == 2 and "damaged" in capsys.readouterr().err
