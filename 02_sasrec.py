@@ -1,30 +1,31 @@
 """SASRec: a sequence model over item ids, and the collaborative codes that its embeddings give.
 
-Trains SASRec (Kang and McAuley, 2018): a vector for the history, whose inner product with the
-embedding e_i of item i is the score of i as the next item; the loss is the cross-entropy over all
-items. Its recommendations are the baseline of this repository. Residual k-means then cuts each
-embedding into codes: r_0 = e_i;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;  r_l = r_{l-1} - C_l[c_l]
-(MSCGRec, arXiv 2602.03713, the collaborative modality). It learns from training events only: of
-each user all but the last two.
+SASRec (Kang and McAuley, 2018) turns a history into a vector, whose inner product with the
+embedding e_i of item i is the score of i as the next item; it learns from the training events,
+which are all of a user's but the last two. Its recommendations are the baseline of this repository.
+Residual k-means then cuts each embedding into codes, the collaborative modality of MSCGRec (arXiv
+2602.03713): r_0 = e_i;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;  r_l = r_{l-1} - C_l[c_l].
 
     python 02_sasrec.py                          # after 01_data.py
     torchrun --nproc_per_node=2 -- 02_sasrec.py  # several GPUs; "--": torchrun would take --run
 
+Numbers in brackets, as [4], are the details that tests/README.md lists.
+
 letters  B users in a batch, T items of history, N items, U users, W windows cut from histories,
-         E width of the model, H heads, L codes of an item, K values of a code,
+         E width of the model, H heads, L codes of an item in one modality, K values of a code,
          d width of a vector that is cut into codes
-reads   data.pt
+reads   data.pt; with --content also text_codes.pt, image_codes.pt, ..
 writes  sasrec.pt
           weights           dict                 the best epoch's parameters, by name
           item_embeddings   float32 (N+1, E)     row 0 is padding
           losses            float32 (epochs)     mean training loss, nats a target
-          ndcg              float32 (epochs)     validation NDCG@10
-          seconds           float                of training
+          ndcg              float32 (epochs)     validation NDCG@10, as 06_eval.py describes
+          seconds           float                of training and validation
           options           dict                 the options of this run
         collab_codes.pt
           codes             int16 (N+1, L)       row 0 = -1; level 4 separates collisions
           codebooks         float32 (3, K, E)
-          embeddings        float32 (N+1, E)     standardised; zero where nothing is known
+          embeddings        float32 (N+1, E)     mean 0, one scale for all; zero where not known
           known             bool (N+1)           the item occurs in training
           moved             int                  items that redistribution moved
         predictions-sasrec-s0.pt                 as 06_eval.py describes
@@ -57,6 +58,7 @@ SAMPLED_FROM = 50_000      # items; larger catalogues train with a sampled softm
 NEGATIVES = 4096           # items that it draws, once a step, for all targets of the step
 WARM_UP = 100              # steps in which the learning rate rises to its value
 VALIDATION_USERS = 20_000  # at the most; their validation events decide when training stops
+RANKED_EVENTS = 8192       # events read at once when users are ranked
 
 
 # --- Data: pieces of histories, cut from the flat array of events (the same text in 02 and 05) ---
@@ -81,11 +83,11 @@ def training_windows(offsets, T):
 
     offsets: (U+1,) -> start, length: (W,) both, 1 <= length <= T
     """
-    # Of a user's n events the last two are held out and the first one has nothing before it.
-    targets = (offsets.diff() - 3).clamp(min=0)                     # (U,)
+    # The last two events are held out, and the first one has nothing before it.
+    targets = offsets.diff() - 3                                    # (U,) at least 0
 
-    # Histories longer than T are cut every T events. A phase, drawn each epoch, moves the cuts,
-    # so that no event is always the first of its window, where it sees nothing of what came before.
+    # Longer histories are cut every T events. A phase, drawn each epoch, moves the cuts: else
+    # the same events would stand first in their window each time, and see little before them.
     # Twelve events, so nine targets (1 to 9), with T = 4 and phase 1:
     #   events   0 1 2 3 4 5 6 7 8 9 v t
     #   read     0 1 2|3 4 5 6|7 8            three windows
@@ -93,8 +95,12 @@ def training_windows(offsets, T):
     phase = torch.randint(T, targets.shape) * (targets > T)         # (U,)
     windows = (targets + phase + T - 1) // T                        # (U,) how many, rounded up
 
-    # Number the windows of each user 0, 1, 2, ..: the place among all windows, minus the place
-    # where the windows of this user begin.
+    # Number the windows of each user from 0: a window's place among all of them, minus the place
+    # where those of its user begin. Two users with one and three windows:
+    #   place   0 1 2 3
+    #   user    0 1 1 1
+    #   first   0 1 1 1
+    #   number  0 0 1 2
     user = torch.arange(len(windows)).repeat_interleave(windows)    # (W,)
     first = windows.cumsum(0) - windows                             # (U,)
     number = torch.arange(len(user)) - first[user]                  # (W,)
@@ -104,20 +110,20 @@ def training_windows(offsets, T):
     return offsets[user] + begin, end - begin
 
 
-def equal_length_batches(lengths, events):
+def equal_length_batches(lengths, batch_events):
     """Batches of windows of one length each, in random order: nothing is padded.
 
-    lengths: (W,), events: how many a batch holds, about -> list of index tensors (B,)
+    lengths: (W,), batch_events: events in a batch, at the most -> list of index tensors (B,)
     """
     # Shuffle, then sort by length; a stable sort leaves windows of one length in random order.
     order = torch.randperm(len(lengths))                            # (W,)
     order = order[lengths[order].argsort(stable=True)]              # (W,)
 
     batches = []
-    _, size = lengths[order].unique_consecutive(return_counts=True)  # (lengths,)
+    _, size = lengths[order].unique_consecutive(return_counts=True)  # (groups,)
     for group in order.split(size.tolist()):
         length = int(lengths[group[0]])
-        batches += group.split(max(1, events // length))            # (B,) each
+        batches += group.split(max(1, batch_events // length))            # (B,) each
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
@@ -126,7 +132,7 @@ def equal_length_batches(lengths, events):
 
 
 class Dropout(nn.Dropout):
-    """As in torch, which draws booleans; on a CPU these numbers take a third of the time."""
+    """As in torch, which draws booleans; on a CPU these numbers take about half the time."""
 
     def forward(self, x):
         if not self.training:
@@ -150,8 +156,8 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * E, E)
 
     def attend(self, x):
-        # torch's fused attention does here; 03 and 05 write attention by hand, because 03 keeps the
-        # names of the public ViT, and 05 adds a learnt bias and keeps the keys of earlier codes.
+        # torch's fused attention does all that is needed here: scores, causal mask, softmax, mean.
+        # 05 writes them out, because it adds a learnt bias and keeps the keys of earlier codes.
         B, T, E = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.H, E // self.H)            # (B, T, 3, H, E/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, T, E/H) each
@@ -179,9 +185,9 @@ class SASRec(nn.Module):
 
     def __init__(self, N, T, E, H, layers, dropout, content=None):
         super().__init__()
-        self.items = nn.Embedding(N + 1, E)  # row 0 is padding
+        self.items = nn.Embedding(N + 1, E)  # ids start at 1; row 0 is never used
         self.positions = nn.Embedding(T, E)
-        self.content = content  # no buffer: every process has it, so nobody need send it
+        self.content = content  # no buffer, which several processes would send at every step
         self.project = None
         if content is not None:
             self.project = nn.Linear(content.shape[1], E, bias=False)
@@ -209,13 +215,13 @@ class SASRec(nn.Module):
 
 
 def initialise(module):
-    """Small random weights, as in GPT-2: at first all items score alike."""
+    """Small random weights, as in GPT-2: the first loss is near that of a uniform guess."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
 
 
-# A variant (`--post-norm`): norms as in the first transformer, and a last layer as in BERT4Rec.
-# Then what comes out is no longer held near the last item, whose embedding went in.
+# A variant (`--post-norm`), another baseline: norms as in the first transformer, and a last layer
+# as in BERT4Rec.
 
 
 class PostNormBlock(Block):
@@ -244,8 +250,8 @@ class PostNormSASRec(SASRec):
 
 # --- The loss ------------------------------------------------------------------------------------
 # It decides every comparison with SASRec. The original trains with binary cross-entropy against one
-# random item and reaches half to four fifths of the recall (README; "Turning Dross into Gold",
-# RecSys 2023). Here the item that came is compared with all others.
+# random item and reaches half to four fifths of the recall (tests/README.md; "Turning Dross into
+# Gold", RecSys 2023). Here the item that came is compared with all others.
 
 
 def cross_entropy(hidden, vectors, target):
@@ -253,11 +259,11 @@ def cross_entropy(hidden, vectors, target):
 
     hidden: (n, E), vectors: (N+1, E), target: item ids (n,) -> nats ()
     """
-    items = vectors[1:].T                                               # (E, N)
+    table = vectors[1:].T                                               # (E, N)
     total = hidden.new_zeros(())                                        # ()
-    # In parts of 256 targets: their scores stay in the cache.
+    # In parts of 256 targets (a large --batch has many): their scores stay in the cache.
     for part, wanted in zip(hidden.split(256), target.split(256)):
-        scores = (part @ items).float()                                 # (256, N)
+        scores = (part @ table).float()                                 # (256, N)
         total = total + F.cross_entropy(scores, wanted - 1, reduction="sum")
     return total
 
@@ -269,28 +275,32 @@ def sampled_cross_entropy(hidden, vectors, target, log_q):
     estimated from NEGATIVES items j, drawn with the probability q_j, their share of the training
     events: the mean of exp(score_j) / q_j over the draws is on average the sum over all items.
     Without 1 / q_j popular items, which are drawn more often, would be pushed down more often
-    (log-Q correction: importance sampling, Bengio and Senecal, 2008).
+    (log-Q correction: importance sampling, Bengio and Senecal, 2008). An item without training
+    events is never drawn: it is not in the sum.
 
     hidden: (n, E), vectors: (N+1, E), target: (n,), log_q: (N+1,) -> nats (), a sum
     """
-    drawn = torch.multinomial(log_q.exp(), NEGATIVES, replacement=True)  # (drawn,)
-    # One look-up for both: the gradient of each look-up is as large as the table.
-    both = vectors[torch.cat([target, drawn])]                          # (n + drawn, E)
-    right, wrong = both.split([len(target), NEGATIVES])                 # (n, E), (drawn, E)
+    drawn = torch.multinomial(log_q.exp(), NEGATIVES, replacement=True)  # (NEGATIVES,)
+    # One look-up for both: the gradient of each would be a whole (N+1, E) tensor.
+    both = vectors[torch.cat([target, drawn])]                          # (n + NEGATIVES, E)
+    right, wrong = both.split([len(target), NEGATIVES])                 # (n, E), (NEGATIVES, E)
 
     positive = (hidden * right).sum(1)                                  # (n,)
     # exp(score) / (NEGATIVES q), in logarithms.  [5]
-    negative = hidden @ wrong.T - log_q[drawn] - math.log(NEGATIVES)    # (n, drawn)
-    is_target = drawn == target.unsqueeze(1)                            # (n, drawn)
-    negative = negative.masked_fill(is_target, -torch.inf)              # (n, drawn)
+    negative = hidden @ wrong.T - log_q[drawn] - math.log(NEGATIVES)    # (n, NEGATIVES)
+    # Where the target itself was drawn, it is no negative.
+    is_target = drawn == target.unsqueeze(1)                            # (n, NEGATIVES)
+    negative = negative.masked_fill(is_target, -torch.inf)              # (n, NEGATIVES)
 
-    scores = torch.cat([positive.unsqueeze(1), negative], 1)            # (n, 1 + drawn)
+    scores = torch.cat([positive.unsqueeze(1), negative], 1)            # (n, 1 + NEGATIVES)
     return (scores.logsumexp(1) - positive).sum()                       # ()
 
 
 def binary_cross_entropy(hidden, vectors, target):
     """The loss of the original SASRec, for comparison: one random item against each target.
 
+    -log sigmoid(right) - log(1 - sigmoid(wrong)), as softplus(x) = log(1 + exp(x)). The original
+    draws until the user never had the item; this takes any.
     hidden: (n, E), vectors: (N+1, E), target: (n,) -> nats (), a sum
     """
     random = torch.randint_like(target, 1, len(vectors))                # (n,)
@@ -300,8 +310,8 @@ def binary_cross_entropy(hidden, vectors, target):
 
 
 # --- Ranking -------------------------------------------------------------------------------------
-# All N items are ranked for every user, never a sample of them. What a user had before is not taken
-# out, as with other generators of codes: see the README.
+# All N items are ranked for every user, never a sample of them. What a user had before stays in the
+# ranking, as in most papers on codes (what that costs: tests/README.md).
 
 
 @torch.no_grad()
@@ -319,11 +329,12 @@ def recommend(model, data, split, users, T, top):
 
     start, length = held_out_windows(split, data["offsets"], T)         # (U,) both
     start, length = start[users], length[users]                         # (n,) both
-    torch.manual_seed(0)  # the same batches, also where a stopped run goes on here
-    for batch in equal_length_batches(length, 8192):
+    torch.manual_seed(0)  # the same batches each time round alike: the same bits
+    for batch in equal_length_batches(length, RANKED_EVENTS):
         place = torch.arange(length[batch[0]])                          # (T,)
         history = data["events"][start[batch, None] + place]            # (B, T)
         last = model(history.to(device))[:, -1]                         # (B, E)
+        # 256 users at once: their scores stay in the cache.
         for rows, hidden in zip(batch.split(256), last.split(256)):
             best = (hidden @ vectors).topk(top)                         # (256, top)
             items[rows] = (best.indices + 1).int().cpu()  # item 0 is padding
@@ -332,8 +343,9 @@ def recommend(model, data, split, users, T, top):
 
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
-# Three numbers instead of a vector: its nearest centroid, the centroid nearest to what that leaves,
-# and once more. A fourth number tells apart the items that share all three.
+# A codebook holds K centroids. Three numbers stand for a vector: its nearest centroid in the first
+# codebook, the centroid of the second that is nearest to what the first one leaves, and once more.
+# A fourth number tells apart the items that share all three.
 
 
 def codebook_size(N):
@@ -349,35 +361,36 @@ def nearest(x, codebook):
     half_norm = codebook.square().sum(1) / 2                        # (K,)
     codes = []
     for part in x.split(4096):  # few enough rows to stay in the processor's cache
-        score = torch.addmm(half_norm, part, codebook.T, alpha=-1)  # (part, K)
+        score = half_norm - part @ codebook.T                       # (part, K)
         codes.append(score.argmin(1))                               # (part,)
     return torch.cat(codes)                                         # (n,)
 
 
 def kmeans(x, K, rng, steps=15):
-    """Lloyd's algorithm: each vector goes to its nearest centroid, each centroid to their mean.
+    """Lloyd's algorithm: vectors join the nearest centroid, centroids move to their members' mean.
 
     x: (n, d), rng: torch.Generator -> codebook (K, d)
     """
-    # 1,024 vectors a centroid find it as well as more would. Fewer than K vectors are repeated.
+    # 1,024 vectors a centroid find it as well as more would. Fewer than K vectors are repeated:
+    # of 3 vectors and K = 5, the order 4 1 0 3 2 takes the vectors 1 1 0 0 2.
     order = torch.randperm(max(len(x), K), generator=rng)           # (max(n, K),)
     x = x[order[:1024 * K] % len(x)]                                # (sample, d)
 
     codebook = x[:K]                                                # (K, d)
     for _ in range(steps):
         codes = nearest(x, codebook)                                # (sample,)
-        members = torch.bincount(codes, minlength=K).unsqueeze(1)   # (K, 1)
+        members = torch.bincount(codes, minlength=K)                # (K,)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)   # (K, d)
 
         # A centroid without members restarts at the vector that is served worst.  [8]
-        empty = (members[:, 0] == 0).nonzero()[:, 0]                # (empty,)
+        empty = (members == 0).nonzero()[:, 0]                      # (empty,)
         if len(empty):
             error = (x - codebook[codes]).square().sum(1)           # (sample,)
             worst = error.topk(len(empty)).indices                  # (empty,)
             sums[empty] = x[worst]                                  # (empty, d)
-            members[empty] = 1                                      # (empty, 1)
+            members[empty] = 1                                      # (empty,)
 
-        codebook = sums / members                                   # (K, d)
+        codebook = sums / members.unsqueeze(1)                      # (K, d)
     return codebook
 
 
@@ -435,7 +448,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
-    # Without a vector an item gets a random place in the tree: it may still be a target.
+    # An item without a vector gets random codes: it may still be a target.
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
 
     # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
@@ -443,28 +456,33 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     prefix[0] = -1  # padding shares its place with nobody
 
     # Level 4 has room for K items. Of a fuller prefix those move that are served worst.  [10]
-    best_served = residual.square().sum(1).argsort(stable=True)     # (N+1,)
-    moved = number_in_group(prefix, best_served) >= K               # (N+1,)
-    redistribute(codes, prefix, moved, embeddings, codebooks)
+    best_served_first = residual.square().sum(1).argsort(stable=True)  # (N+1,)
+    moved = number_in_group(prefix, best_served_first) >= K         # (N+1,)
+    if moved.any():
+        redistribute(codes, prefix, moved, embeddings, codebooks)
 
     # Items of one prefix are numbered, the most bought first, so that 0 is the likeliest.  [9]
-    most_bought = (-train_counts.long()).argsort(stable=True)       # (N+1,)
-    collision = number_in_group(prefix, most_bought)                # (N+1,)
+    most_bought_first = (-train_counts.long()).argsort(stable=True)  # (N+1,)
+    collision = number_in_group(prefix, most_bought_first)          # (N+1,)
     codes = torch.cat([codes, collision.unsqueeze(1)], 1)           # (N+1, L)
     codes[0] = -1
 
     _, sharing = prefix[known].unique(return_counts=True)           # (prefixes,)
     alone = (sharing == 1).sum() / known.sum().clamp(1)             # ()
-    print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
+    used = [len(level.unique()) for level in codes[1:].T]           # one number a level
+    print(f"codes: K = {K}, in use at each level {used}; {alone:.0%} of the known items are alone "
+          f"after level 3, {moved.sum()} were moved")
     return codes.to(torch.int16), moved.sum().item()
 
 
 def redistribute(codes, prefix, moved, embeddings, codebooks):
-    """Empty-leaf redistribution: each item in `moved` walks down the tree once more, at each level
-    into the nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
+    """The paper's "empty-leaf redistribution": items of a full prefix find another with room.
+
+    Each item in `moved` (N+1,) walks down the tree of prefixes once more, at each level into the
+    nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
     """
-    # The tree of prefixes as one flat array of counts a level: entry p of behind[l] is the number
-    # of items behind the prefix p of l + 1 codes. The K branches of a node p are p K .. p K + K-1.
+    # Entry p of behind[l] counts the items behind the prefix p of l + 1 codes. Were K = 10, then
+    # behind[1][31] would be the items whose codes begin 3 1, with the branches 310, 311, .. 319.
     K = codebooks.shape[1]
     stays = prefix[1:][~moved[1:]]                                  # (stays,)
     behind = [torch.bincount(stays // (K * K), minlength=K),        # (K,)
@@ -475,8 +493,8 @@ def redistribute(codes, prefix, moved, embeddings, codebooks):
         residual = embeddings[item]                                 # (d,)
         node = 0  # the root
         for l, codebook in enumerate(codebooks):
-            branches = behind[l][node * K:(node + 1) * K]           # (K,)
-            full = branches == K ** (3 - l)                         # (K,)
+            branches = behind[l][node * K:(node + 1) * K]           # (K,) a view
+            full = branches == K ** (3 - l)                         # (K,) no room behind it
             distance = (residual - codebook).square().sum(1)        # (K,)
             k = distance.masked_fill(full, math.inf).argmin().item()
             branches[k] += 1
@@ -499,7 +517,7 @@ def options(argv):
         help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--name", default="sasrec", help="of its row and files (its codes: collab for sasrec)")
-    add("--content", default="", help="codes' files whose embeddings items have too, as text,image")
+    add("--content", default="", help="add the vectors of these codes' files, as text,image")
     add("--loss", choices=("softmax", "bce"), default="softmax", help="over all items, or original")
     add("--post-norm", action="store_true", help="norms as in the first transformer, a last layer")
     add("--length", type=int, default=20, help="T: events of history that the model sees")
@@ -515,6 +533,7 @@ def options(argv):
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
     add("--top", type=int, default=20, help="items recommended to a user")
+    # --smoke changes defaults only: what is given on the command line outweighs it.
     known, _ = parser.parse_known_args(argv)
     if known.smoke:
         parser.set_defaults(epochs=2, width=16, layers=1)
@@ -548,6 +567,7 @@ def check(args):
 
 
 def main(argv=None):
+    """Trains SASRec, then writes its recommendations and the collaborative codes."""
     args = options(argv)
     run = Run(args.run)
     args.rank, args.world = join(run)
@@ -562,7 +582,7 @@ def main(argv=None):
     write_recommendations(model, state, run, data, args)
     write_codes(model, state, run, data, args)
     if run.writes:
-        checkpoint_of(run, args).unlink(missing_ok=True)
+        (run.folder / f"{args.name}.checkpoint").unlink(missing_ok=True)
 
 
 def build(run, data, args):
@@ -579,18 +599,16 @@ def build(run, data, args):
     N = len(data["item_ids"]) - 1
     model = kind(N, args.length, args.width, args.heads, args.layers, args.dropout, content)
     model.apply(initialise)
-    print(f"{args.name}: {parameters(model):,} parameters; "
-          f"a uniform guess has loss {math.log(N):.3f}")
+    uniform = math.log(N)
+    if args.loss == "bce":
+        uniform = 2 * math.log(2)
+    print(f"{args.name}: {parameters(model):,} parameters; a uniform guess has loss {uniform:.3f}")
     return model.to(args.device)
 
 
 def parameters(model):
-    """How many numbers are trained. -> int"""
+    """How many numbers the model has. -> int"""
     return sum(weight.numel() for weight in model.parameters())
-
-
-def checkpoint_of(run, args):
-    return run.folder / f"{args.name}.checkpoint"
 
 
 def train(model, run, data, args):
@@ -599,23 +617,25 @@ def train(model, run, data, args):
     state: losses and ndcg of each epoch, step, seconds, best (weights by name).
     """
     validation_users = torch.randperm(len(data["user_ids"]))[:VALIDATION_USERS]  # (n,)
-    replica = model
+    replica = model  # the model itself, or what makes several processes agree on its gradients
     if args.world > 1:
         replica = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    checkpoint = checkpoint_of(run, args).name
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)  # each step sets its rate
+    checkpoint = f"{args.name}.checkpoint"
     state = resume(run, checkpoint, args, model=model, optimizer=optimizer)
-    began = time.time() - state["seconds"]
+    began = time.time() - state["seconds"]  # the time of a stopped run counts
 
     for epoch in range(len(state["losses"]), args.epochs):
-        best = max(state["ndcg"], default=0)
-        if epoch and epoch - 1 - state["ndcg"].index(best) >= args.patience:
-            break
+        best = max(state["ndcg"], default=-1)
+        if epoch > 0:
+            since_best = epoch - 1 - state["ndcg"].index(best)
+            if since_best >= args.patience:
+                break
         loss = train_epoch(model, replica, optimizer, state, epoch, data, args)
         if args.max_steps:
             break
         ndcg = validate(model, data, validation_users, args)
-        if ndcg >= best:  # [6]
+        if ndcg > best:  # the epoch is chosen on validation, never on test  [6]
             weights = model.state_dict().items()
             state["best"] = {name: weight.cpu().clone() for name, weight in weights}
         state["losses"].append(loss)
@@ -643,18 +663,22 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
     start, length = training_windows(data["offsets"], args.length)      # (W,) both
     batches = equal_length_batches(length, args.batch * args.world)
     if args.rank > 0:  # but dropout of its own in each
-        torch.manual_seed(torch.initial_seed() + (args.rank << 48))
+        own_seed = torch.randint(2 ** 31, (args.rank,))[-1]             # ()
+        torch.manual_seed(own_seed.item())
     counts = data["train_counts"].to(args.device)                       # (N+1,)
     log_q = None
     if len(counts) - 1 > SAMPLED_FROM:
         log_q = (counts / counts.sum()).log()                           # (N+1,)
 
     model.train()
-    total, targets = 0.0, 0
-    todo = batches[:args.max_steps or None]
+    total = 0.0
+    targets = 0
+    todo = batches
+    if args.max_steps:
+        todo = batches[:args.max_steps]
     shown = f"epoch {epoch}, best NDCG@10 {max(state['ndcg'], default=0):.4f}"
     began = time.time()
-    for batch in tqdm(todo, shown, leave=False, disable=args.rank > 0 or None):
+    for batch in tqdm(todo, shown, leave=False, disable=None):  # None: only on a terminal
         place = torch.arange(int(length[batch[0]]) + 1)                 # (T+1,)
         share = batch[args.rank::args.world]                            # (B,) of this process
         events = data["events"][start[share, None] + place]             # (B, T+1)
@@ -671,7 +695,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
         print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
     total = add_up(torch.tensor(total, device=args.device)).item()
-    return total / max(1, targets)
+    return total / max(1, targets)  # a very small shop may have no training target
 
 
 def train_step(model, replica, optimizer, lr, events, log_q, args):
@@ -682,7 +706,7 @@ def train_step(model, replica, optimizer, lr, events, log_q, args):
     hidden = replica(events[:, :-1]).flatten(0, 1)                      # (n, E), n = B * T
     target = events[:, 1:].flatten()                                    # (n,)
     vectors = model.vectors()                                           # (N+1, E)
-    # Most of the work are the products of `hidden` with all items: they may be bfloat16.
+    # In a large catalogue most of the work is hidden times all items: it may be in bfloat16.
     with torch.autocast(events.device.type, torch.bfloat16, enabled=args.bf16):
         if args.loss == "bce":
             loss = binary_cross_entropy(hidden, vectors, target)        # ()
@@ -691,7 +715,7 @@ def train_step(model, replica, optimizer, lr, events, log_q, args):
         else:
             loss = sampled_cross_entropy(hidden, vectors, target, log_q)  # ()
 
-    # Divided by --batch, not by n: a target weighs the same in a batch that its length left small.
+    # Divided by --batch, not by n: a target weighs the same in a batch that is smaller.
     (loss / args.batch).backward()
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
@@ -720,6 +744,7 @@ def write_recommendations(model, state, run, data, args):
     test, scores = recommend(model, data, "test", everyone, args.length, top)  # (U, top) both
     seconds = {"train": state["seconds"], "predict": time.time() - began}
     valid, _ = recommend(model, data, "valid", everyone, args.length, top)  # (U, top)
+    show_example(test, data)
     run.save({
         "name": args.name,
         "seed": args.seed,
@@ -734,14 +759,26 @@ def write_recommendations(model, state, run, data, args):
     }, f"predictions-{args.name}-s{args.seed}.pt")
 
 
+def show_example(test, data):
+    """Prints one user's history and what is recommended to that user."""
+    user = len(test) // 2
+    history = data["events"][data["offsets"][user]:data["offsets"][user + 1]]  # (events,)
+    names = [title or item_id for title, item_id in zip(data["titles"], data["item_ids"])]
+    print(f"for example user {data['user_ids'][user]}, who at last took {names[history[-1]]}")
+    print("  before that:", "; ".join(names[item] for item in history[-4:-1]))
+    print("  recommended:", "; ".join(names[item] for item in test[user, :3]))
+
+
 def write_codes(model, state, run, data, args):
     """The item embeddings, and the collaborative codes that are cut from them."""
     counts = data["train_counts"]                                       # (N+1,)
     known = counts > 0                                                  # (N+1,)
     items = model.vectors().detach().cpu()                              # (N+1, E)
+    items[0] = 0  # the padding was never trained and never is an item
+
+    # Mean 0, and one scale for all coordinates, which leaves every nearest centroid as it is.
     embeddings = (items - items[known].mean(0)) / items[known].std()    # (N+1, E)
     embeddings[~known] = 0
-    items[0] = 0  # the padding was never trained and never is an item
 
     rng = torch.Generator().manual_seed(args.seed)
     K = codebook_size(len(counts) - 1)
@@ -761,7 +798,7 @@ def write_codes(model, state, run, data, args):
         "embeddings": embeddings,
         "known": known,
         "moved": moved,
-    }, f"{args.name.replace('sasrec', 'collab')}_codes.pt")
+    }, f"{args.name.replace('sasrec', 'collab')}_codes.pt")  # collab-x for the name sasrec-x
 
 
 # --- Files, stopped runs, several processes (the same text in every script that has it) ----------
@@ -775,7 +812,7 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
@@ -880,7 +917,8 @@ def join(run):
     if not dist.is_torchelastic_launched():
         return 0, 1
     dist.init_process_group()
-    # At the end, in this order: wait, as gloo's threads still hand tensors back; then leave.
+    # At the end Python calls these from the last to the first: wait, as gloo's threads still hand
+    # tensors back, then leave.
     atexit.register(dist.destroy_process_group)
     atexit.register(time.sleep, 0.5)
     if torch.cuda.is_available():

@@ -248,13 +248,13 @@ def test_validation_is_the_mean_ndcg_of_the_last_but_one_event(scripts, smoke):
 
 
 def epoch_of(s, data, monkeypatch, epoch, rank=0):
-    """What an epoch draws in one of two processes: its batches, and the first number after them."""
+    """What an epoch draws in one of four processes: its batches, and the first number after them."""
     made, drawn = [], []
     batches = s.equal_length_batches
     monkeypatch.setattr(s, "equal_length_batches", lambda *given: made.extend(batches(*given)) or made)
     monkeypatch.setattr(s, "train_step", lambda *given: drawn.append(torch.rand(()).item()) or 0.0)
     args = s.options(["--smoke", "--device", "cpu"])
-    args.rank, args.world = rank, 2
+    args.rank, args.world = rank, 4
     model = s.SASRec(len(data["item_ids"]) - 1, 20, 16, 2, 1, 0.5)
     s.train_epoch(model, model, None, {"step": 0, "ndcg": []}, epoch, data, args)
     monkeypatch.undo()
@@ -266,8 +266,9 @@ def test_each_epoch_draws_anew_and_each_process_its_own_dropout(scripts, smoke, 
     batches, drawn = epoch_of(s, data, monkeypatch, 3)
     assert epoch_of(s, data, monkeypatch, 3) == (batches, drawn), "an epoch is the same when it is repeated"
     assert epoch_of(s, data, monkeypatch, 4)[0] != batches, "another epoch has other batches"
-    of_second, drawn_by_second = epoch_of(s, data, monkeypatch, 3, rank=1)
-    assert of_second == batches and drawn_by_second != drawn, "processes share batches, not dropout"
+    others = [epoch_of(s, data, monkeypatch, 3, rank) for rank in (1, 2, 3)]
+    assert all(of_other == batches for of_other, _ in others), "processes share their batches"
+    assert len({drawn, *(by_other for _, by_other in others)}) == 4, "processes do not share their dropout"
 
 
 def test_a_step_warms_up_and_a_target_weighs_the_same_in_every_batch(scripts):
