@@ -8,6 +8,11 @@ L = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2.
     python 03_dino_quantizer.py                    # after 01_data.py
     python 03_dino_quantizer.py --plain            # control: DINO, then residual k-means
 
+letters  B pictures in a batch, b of them in this process (if it is the only one, all), V views of
+         a picture, S side of a picture in pixels, s in patches, E width of the ViT, H its heads,
+         d width of a vector that is cut into codes (here E), K values of a code, L codes of an
+         item, O prototypes of the head, N items
+
 reads   data.pt, images.pt
 writes  dino.pt
           teacher           dict                    backbone.* (public names: for --init), head.*
@@ -24,7 +29,17 @@ writes  dino.pt
 
 On the toy shop: 39 seconds, 0.6 GiB (2 cores of an AMD EPYC).
 """
-import argparse, atexit, copy, hashlib, math, os, pathlib, signal, sys, time, zipfile
+import argparse
+import atexit
+import contextlib
+import copy
+import hashlib
+import math
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,293 +47,748 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9  # tau_s; of the running mean of the teacher's outputs
-LR, CLIP, BETA = 1e-3, 3.0, 0.25  # of AdamW; largest norm of the gradient; weight of commitment
-DECAY, DEAD = 0.95, 0.05    # centroids average ~20 steps; restart below DEAD members
-SCALES, JITTER = ((0.4, 1.0), (0.1, 0.4)), 0.4  # area of global, local crops; change of light
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: public weights expect them
+GLOBAL_SCALE = (0.4, 1.0)     # share of a picture's area that a global crop shows: from, to
+LOCAL_SCALE = (0.1, 0.4)      # the same of a local crop
+JITTER = 0.4                  # light, contrast and saturation change by up to this share
+MEAN = (0.485, 0.456, 0.406)  # of red, green, blue in ImageNet: the public weights expect them
+STD = (0.229, 0.224, 0.225)   # their deviation
+CODEBOOK_DECAY = 0.95         # what stays of a centroid in a step: it averages about 20 batches
+DEAD = 0.05                   # with fewer members a batch, on average, a centroid starts anew
+STUDENT_TEMP = 0.1            # tau_s: outputs are divided by it before the softmax
+CENTER_MOMENTUM = 0.9         # what stays of the center in a step
+BETA = 0.25                   # weight of the commitment term
+LR = 1e-3                     # largest learning rate of AdamW
+CLIP = 3.0                    # largest norm of the gradient
 
-# --- Files ---------------------------------------------------------------------------------------
-MADE_FROM = {}  # SHA-256 of every file that was read; all that is saved carries them
-def fail(message):
-    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
-    print(message, file=sys.stderr)
-    sys.exit(2)
-
-def load(path, maker, mmap=False):
-    """Reads what `maker` wrote. Refuses a damaged or foreign file, and one of other inputs."""
-    try:
-        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
-        artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-        for name, digest in artifact.get("made_from", None if maker[:3] == "01_" else {}).items():
-            if MADE_FROM.get(name, digest) != digest:
-                fail(f"{path} was made from another {path.with_name(name)}: run {maker} again.")
-        MADE_FROM[path.name] = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-        return artifact
-    except Exception as error:
-        fail(f"{path} is missing or damaged ({type(error).__name__}): run {maker} with this --run.")
-
-def save(artifact, path):
-    """Writes beside the file, flushes, renames: nobody ever sees half an artifact."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(artifact | {"made_from": MADE_FROM}, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
-        partial.unlink(missing_ok=True)
-        fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
-
-# --- Stopped runs; several processes -------------------------------------------------------------
-def resume(path, args, **parts):
-    """The state of a stopped run after its last epoch, its parts (model, optimizer) restored; or a
-    new one. Every epoch has random numbers of its own: a resumed run ends in the very same bits."""
-    signal.signal(signal.SIGINT, lambda *_: fail("stopped: run it again without --fresh to go on"))
-    if args.fresh or args.max_steps or not path.exists():
-        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
-    state, now = load(path, "this script with --fresh"), vars(args)
-    del MADE_FROM[path.name]  # results are not made from it
-    for name, then in state["options"].items():
-        if name not in ("run", "device", "rank", "fresh", "bf16") and then != now[name]:
-            fail(f"{path} began with --{name} {then}, not {now[name]}: go on so, or use --fresh.")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state
-
-def join():
-    """Under torchrun, meets the other processes -> rank, the number of this one, world, of all."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    dist.init_process_group()
-    atexit.register(dist.destroy_process_group)
-    atexit.register(time.sleep, 0.5)  # first: gloo's threads still give tensors back to Python
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    if dist.get_rank():  # only one prints and writes
-        sys.stdout, globals()["save"] = open(os.devnull, "w"), lambda *_: None
-    return dist.get_rank(), dist.get_world_size()
-def add_up(x):  # the sum over all processes, in place (all_reduce returns None)
-    return dist.all_reduce(x) or x if dist.is_initialized() else x
-
-# --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
-def codebook_size(N):
-    """K, our rule: the power of two nearest (in ratio) to sqrt(N), from 8 to 256, the paper's."""
-    return 2 ** min(8, max(3, round(math.log2(max(N, 1)) / 2)))
-
-def nearest(x, codebook):
-    """argmin_k ||x - C[k]||^2 for every row. x: (n, d), codebook: (K, d) -> (n,)"""
-    half_norm = codebook.square().sum(1) / 2  # (K,)
-    return torch.cat([torch.addmm(half_norm, part, codebook.T, alpha=-1).argmin(1)  # (part, K)
-                      for part in x.split(4096)])  # few enough rows to stay in the cache
-
-def kmeans(x, K, rng, steps=15):
-    """Lloyd's algorithm; a centroid without members restarts at the vector that is served worst.
-    1,024 vectors a centroid find it as well as more would. x: (n, d) -> codebook (K, d)"""
-    x = x[torch.randperm(max(len(x), K), generator=rng)[:1024 * K] % len(x)]  # (n, d)
-    codebook = x[:K]  # (K, d)
-    for _ in range(steps):
-        codes = nearest(x, codebook)  # (n,)
-        members = torch.bincount(codes, minlength=K).unsqueeze(1)  # (K, 1)
-        sums = torch.zeros_like(codebook).index_add_(0, codes, x)  # (K, d)
-        empty = (members[:, 0] == 0).nonzero()[:, 0]  # (empty,)  [8]
-        if len(empty):
-            worst = (x - codebook[codes]).square().sum(1).topk(len(empty)).indices  # (empty,)
-            sums[empty], members[empty] = x[worst], 1
-        codebook = sums / members  # (K, d)
-    return codebook
-
-def residual_kmeans(x, K, rng):
-    """A codebook for x, one for what it leaves, one for what that leaves: (n, d) -> (3, K, d)"""
-    codebooks = []
-    for _ in range(3):
-        codebooks.append(kmeans(x, K, rng))  # (K, d)
-        x = x - codebooks[-1][nearest(x, codebooks[-1])]  # (n, d)
-    return torch.stack(codebooks)  # (3, K, d)
-
-def quantise(x, codebooks):
-    """r_0 = x; c_l = argmin_k ||r_{l-1} - C_l[k]||^2; r_l = r_{l-1} - C_l[c_l].
-    x: (n, d), codebooks: (3, K, d) -> codes (n, 3), what they leave, r_3 (n, d)"""
-    codes, residual = [], x
-    for codebook in codebooks:
-        codes.append(nearest(residual, codebook))  # (n,)
-        residual = residual - codebook[codes[-1]]  # (n, d)  [7]
-    return torch.stack(codes, 1), residual  # (n, 3), (n, d)
-
-def number_in_group(group, order):
-    """Numbers the members of each group from 0, in the given order. (n,), (n,) -> (n,)"""
-    order = order[group[order].argsort(stable=True)]  # (n,)
-    _, size = group[order].unique_consecutive(return_counts=True)  # (groups,)
-    number = torch.empty_like(group)  # (n,)
-    number[order] = torch.arange(len(group)) - (size.cumsum(0) - size).repeat_interleave(size)
-    return number
-
-def finish_codes(embeddings, known, codebooks, train_counts, rng):
-    """Semantic levels 1-3 and the collision level 4: every item gets a code that no other has.
-    An item without this modality gets a random place in the tree: it may still be a target.
-    Items that share (c_1, c_2, c_3) are numbered, the most bought first. Where more than K share
-    it, those with the largest residual walk down the tree anew, at each level into the nearest
-    branch with room (empty-leaf redistribution).
-    embeddings: (N+1, d), known: (N+1,), codebooks: (3, K, d) -> int16 (N+1, 4), items moved"""
-    K = codebooks.shape[1]
-    codes, residual = quantise(embeddings, codebooks)  # (N+1, 3), (N+1, d)
-    codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
-    prefix[0] = -1  # padding shares its place with nobody
-    # Of a full prefix those move that are served worst.  [10]
-    moved = number_in_group(prefix, residual.square().sum(1).argsort(stable=True)) >= K  # (N+1,)
-    size = [torch.bincount(prefix[1:][~moved[1:]] // K ** (2 - l), minlength=K ** (l + 1))
-            for l in range(3)]  # (K,), (K*K,), (K*K*K,): items behind each prefix
-    for item in moved.nonzero()[:, 0].tolist():
-        residual, place = embeddings[item], 0  # (d,)
-        for l, C in enumerate(codebooks):  # the nearest branch that is not full
-            full = size[l].view(-1, K)[place] == K ** (3 - l)  # (K,)
-            k = (residual - C).square().sum(1).masked_fill(full, math.inf).argmin().item()
-            codes[item, l], residual, place = k, residual - C[k], place * K + k
-            size[l][place] += 1
-        prefix[item] = place
-    most_bought = (-train_counts.long()).argsort(stable=True)  # (N+1,)  [9]
-    codes = torch.cat([codes, number_in_group(prefix, most_bought).unsqueeze(1)], 1)  # (N+1, 4)
-    codes[0] = -1
-    alone = (prefix[known].unique(return_counts=True)[1] == 1).sum() / known.sum().clamp(1)  # ()
-    print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
-    return codes.to(torch.int16), moved.sum().item()
 
 # --- Views of a picture --------------------------------------------------------------------------
-def crops(x, size, scale, luck):
-    """Views that show `scale` (from, to) of a picture's area, mirrored or not, in other light and
-    colours. x: (n, 3, S, S) in 0..1, luck: (n, 8) in -1..1 -> (n, 3, size, size)"""
-    side = (sum(scale) + (scale[1] - scale[0]) * luck[:, 0]).div(2).sqrt()  # (n,)
-    stretch = (4 / 3) ** (luck[:, 1] / 2)  # (n,)
-    half = torch.stack([side * stretch, side / stretch], 1).clamp(max=1)  # (n, 2)
-    middle = (1 - half) * luck[:, 2:4]  # (n, 2)
-    half[:, 0] *= luck[:, 4].sign()  # a negative width flips
-    pixel = torch.arange(1, 2 * size, 2, device=x.device) / size - 1  # (size,)
-    square = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"), 2)  # (size, size, 2)
-    grid = middle[:, None, None] + half[:, None, None] * square  # (n, size, size, 2)
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)  # (n, 3, size, size)
-    light, contrast, saturation = 1 + JITTER * luck[:, 5:8].T.view(3, -1, 1, 1, 1)
-    grey, mean = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)  # 1 channel, 1 number
-    return (light * (mean + contrast * (grey - mean + saturation * (x - grey)))).clamp(0, 1)
+# DINO learns what the crops of a picture have in common. Whatever it should not care about (which
+# part is seen, which way round, in which light) is therefore left to chance in each of them.
 
-# --- Model: named as in the public release, whose weights fit ------------------------------------
+
+def draw_views(V, B, rng):
+    """What is left to chance in V views of each of B pictures: eight numbers in -1..1, namely
+    area, stretch, left, top, mirror, light, contrast, saturation. -> (V, B, 8)
+    """
+    return 2 * torch.rand(V, B, 8, generator=rng) - 1               # (V, B, 8)
+
+
+def crops(x, size, scale, draws):
+    """One view of each picture. It shows a share of the picture's area between the two of `scale`.
+
+    x: (n, 3, S, S) in 0..1, size: pixels along the view, draws: (n, 8) as draw_views makes them
+    -> (n, 3, size, size)
+    """
+    area, stretch, left, top, mirror, light, contrast, saturation = draws.unbind(1)  # (n,) each
+
+    # A window into the picture, its width / height between 3/4 and 4/3. Coordinates go from -1
+    # (left, top) to 1 (right, bottom): half the picture is 1 wide and 1 high, and half of the
+    # window is as wide times as high as its share of the area.
+    smallest, largest = scale
+    share = (smallest + largest + (largest - smallest) * area) / 2  # (n,)
+    side = share.sqrt()                                             # (n,)
+    ratio = (4 / 3) ** (stretch / 2)                                # (n,)
+    half = torch.stack([side * ratio, side / ratio], 1)             # (n, 2): of width, of height
+    half = half.clamp(max=1)                                        # (n, 2)
+
+    # left, top = -1: as far to the left and up as the window can go, 1: to the right and down.
+    middle = (1 - half) * torch.stack([left, top], 1)               # (n, 2)
+
+    # A negative width mirrors: then the view's left is the window's right.
+    half[:, 0] *= mirror.sign()                                     # (n,)
+
+    # A pixel at some place in the view shows the point middle + half * place of the picture. The
+    # places of 2 pixels are -1/2 and 1/2, those of 4 are -3/4, -1/4, 1/4 and 3/4.
+    odd = torch.arange(1, 2 * size, 2, device=x.device)             # (size,): 1, 3, 5, ..
+    place = odd / size - 1                                          # (size,)
+    across, down = torch.meshgrid(place, place, indexing="xy")      # (size, size) each
+    places = torch.stack([across, down], 2)                         # (size, size, 2)
+    middle = middle[:, None, None]                                  # (n, 1, 1, 2)
+    half = half[:, None, None]                                      # (n, 1, 1, 2)
+    points = middle + half * places                                 # (n, size, size, 2)
+    x = F.grid_sample(x, points, padding_mode="border", align_corners=False)  # (n, 3, size, size)
+
+    # A pixel is the mean of its view + what its own grey adds + what its colour adds. Saturation
+    # scales the last of the three, contrast the last two, light all of them.
+    grey = x.mean(1, keepdim=True)                                  # (n, 1, size, size)
+    mean = x.mean((1, 2, 3), keepdim=True)                          # (n, 1, 1, 1)
+    saturation = (1 + JITTER * saturation).view(-1, 1, 1, 1)        # (n, 1, 1, 1)
+    contrast = (1 + JITTER * contrast).view(-1, 1, 1, 1)            # (n, 1, 1, 1)
+    light = (1 + JITTER * light).view(-1, 1, 1, 1)                  # (n, 1, 1, 1)
+    colour = saturation * (x - grey)                                # (n, 3, size, size)
+    x = mean + contrast * (grey - mean + colour)                    # (n, 3, size, size)
+    return (light * x).clamp(0, 1)                                  # (n, 3, size, size)
+
+
+def make_views(pictures, draws, size, patch):
+    """Two global crops and V - 2 local ones, of half their side, of each picture.
+
+    pictures: (b, 3, S, S) in 0..1, draws: (V, b, 8)
+    -> global crops (2, b, 3, size, size), local crops (V-2, b, 3, local, local)
+    """
+    V, b, _ = draws.shape
+    twice = pictures.repeat(2, 1, 1, 1)                             # (2b, 3, S, S)
+    large = crops(twice, size, GLOBAL_SCALE, draws[:2].flatten(0, 1))
+
+    local = max(1, size // 2 // patch) * patch  # whole patches, at least one
+    often = pictures.repeat(V - 2, 1, 1, 1)                         # ((V-2)b, 3, S, S)
+    small = crops(often, local, LOCAL_SCALE, draws[2:].flatten(0, 1))
+
+    return large.unflatten(0, (2, b)), small.unflatten(0, (V - 2, b))
+
+
+# --- The ViT -------------------------------------------------------------------------------------
+# A picture is cut into patches, each patch is a token, and one more token, [CLS], gathers what all
+# of them show. Attention is written by hand here, with the names of the public release
+# (facebookresearch/dino), so that its checkpoints load; in 02 it is PyTorch's own, fused, for
+# speed, and in 05 it has caches, for the search.
+
+
+def number_of_heads(E):
+    """H: 64 coordinates a head, which is right for every public ViT, and at least 3 heads."""
+    return max(3, E // 64)
+
+
 class Block(nn.Module):
+    """Attention, in which tokens ask each other, then an MLP on each; both are added to x."""
+
     def __init__(self, E):
         super().__init__()
-        self.heads = max(3, E // 64)  # right for every public ViT
-        self.norm1, self.norm2 = nn.LayerNorm(E, eps=1e-6), nn.LayerNorm(E, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(E, 3 * E), "proj": nn.Linear(E, E)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(E, 4 * E), "fc2": nn.Linear(4 * E, E)})
-    def forward(self, x, out=None):  # (n, m, E) -> (n, out or m, E), of the first `out` tokens
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (n, m, 3, H, E/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n, H, m, E/H) each
-        scores = q[:, :, :out] @ k.transpose(2, 3) / math.sqrt(k.shape[3])  # (n, H, out, m)
-        y = scores.softmax(3) @ v  # (n, H, out, E/H)
-        x = x[:, :out] + self.attn["proj"](y.transpose(1, 2).flatten(2))  # (n, out, E)
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))  # (n, out, E)
+        self.heads = number_of_heads(E)
+        self.norm1 = nn.LayerNorm(E, eps=1e-6)
+        self.norm2 = nn.LayerNorm(E, eps=1e-6)
+        self.attn = nn.ModuleDict({
+            "qkv": nn.Linear(E, 3 * E),
+            "proj": nn.Linear(E, E),
+        })
+        self.mlp = nn.ModuleDict({
+            "fc1": nn.Linear(E, 4 * E),
+            "fc2": nn.Linear(4 * E, E),
+        })
+
+    def forward(self, x, asking=None):
+        """x: (n, tokens, E) -> (n, asking, E), the first `asking` tokens (None: all of them)"""
+        # One product gives the queries, keys and values of all heads.
+        qkv = self.attn["qkv"](self.norm1(x))                       # (n, tokens, 3E)
+        qkv = qkv.unflatten(2, (3, self.heads, -1))                 # (n, tokens, 3, H, E/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (n, H, tokens, E/H) each
+        q = q[:, :, :asking]                                        # (n, H, asking, E/H)
+
+        # softmax(q k^T / sqrt(E/H)) v
+        scores = q @ k.transpose(2, 3) / math.sqrt(k.shape[3])      # (n, H, asking, tokens)
+        y = scores.softmax(3) @ v                                   # (n, H, asking, E/H)
+        y = y.transpose(1, 2).flatten(2)                            # (n, asking, E)
+        x = x[:, :asking] + self.attn["proj"](y)                    # (n, asking, E)
+
+        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))             # (n, asking, 4E)
+        return x + self.mlp["fc2"](hidden)                          # (n, asking, E)
+
 
 class VisionTransformer(nn.Module):
     """x: (n, 3, S, S) in 0..1, any S that `patch` divides -> [CLS] (n, E)"""
+
     def __init__(self, size, patch, E, depth):
         super().__init__()
+        self.size = size    # pixels along a whole picture
+        self.patch = patch  # pixels along a patch
+        patches = (size // patch) ** 2
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, E))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (size // patch) ** 2, E))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, E))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, E, patch, patch)})
         self.blocks = nn.ModuleList(Block(E) for _ in range(depth))
         self.norm = nn.LayerNorm(E, eps=1e-6)
+
     def forward(self, x):
-        mean, std = torch.tensor((MEAN, STD), device=x.device).view(2, 3, 1, 1)  # (3, 1, 1) each
-        x = self.patch_embed["proj"]((x - mean) / std)  # (n, E, s, s)
-        place = resample(self.pos_embed, x.shape[-1])  # (1, 1 + s*s, E)
-        cls = self.cls_token.expand(len(x), -1, -1)  # (n, 1, E)
-        x = torch.cat([cls, x.flatten(2).transpose(1, 2)], 1) + place  # (n, 1 + s*s, E)
+        mean = torch.tensor(MEAN, device=x.device).view(3, 1, 1)    # (3, 1, 1)
+        std = torch.tensor(STD, device=x.device).view(3, 1, 1)      # (3, 1, 1)
+        x = (x - mean) / std                                        # (n, 3, S, S)
+
+        # The convolution moves by whole patches, of which s lie along a side: a vector for each.
+        x = self.patch_embed["proj"](x)                             # (n, E, s, s)
+        place = resample(self.pos_embed, x.shape[3])                # (1, 1 + s*s, E)
+        patches = x.flatten(2).transpose(1, 2)                      # (n, s*s, E)
+        cls = self.cls_token.expand(len(x), -1, -1)                 # (n, 1, E)
+        x = torch.cat([cls, patches], 1) + place                    # (n, 1 + s*s, E)
+
+        # In the last block only [CLS] asks: nothing reads what the patches would become there.
         for block in self.blocks[:-1]:
-            x = block(x)  # (n, 1 + s*s, E)
-        return self.norm(self.blocks[-1](x, 1)[:, 0])  # (n, E): the last block is asked for [CLS]
+            x = block(x)                                            # (n, 1 + s*s, E)
+        x = self.blocks[-1](x, asking=1)                            # (n, 1, E)
+        return self.norm(x[:, 0])                                   # (n, E)
+
 
 def resample(pos_embed, side):
-    """Places of a grid of s x s patches, stretched to side x side. -> (1, 1 + side*side, E)"""
+    """Embeddings of the places of s x s patches, stretched to side x side: local crops have fewer.
+
+    pos_embed: (1, 1 + s*s, E), that of [CLS] first -> (1, 1 + side*side, E)
+    """
     s = math.isqrt(pos_embed.shape[1] - 1)
-    grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (s, s))  # (1, E, s, s)
-    grid = F.interpolate(grid, (side, side), mode="bicubic")  # (1, E, side, side)
-    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (s, s))    # (1, E, s, s)
+    grid = F.interpolate(grid, (side, side), mode="bicubic")        # (1, E, side, side)
+    grid = grid.flatten(2).transpose(1, 2)                          # (1, side*side, E)
+    return torch.cat([pos_embed[:, :1], grid], 1)                   # (1, 1 + side*side, E)
 
-class Head(nn.Module):
-    """Cosine with each of O prototypes: weight norm with its gain held at 1. (n, E) -> (n, O)"""
-    def __init__(self, E, O):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(E, 4 * E), nn.GELU(), nn.Linear(4 * E, 4 * E),
-                                 nn.GELU(), nn.Linear(4 * E, E))
-        self.last_layer = nn.Linear(E, O, bias=False)
-    def forward(self, z):
-        prototypes = F.normalize(self.last_layer.weight, dim=1)  # (O, E)
-        return F.normalize(self.mlp(z), dim=1) @ prototypes.T  # (n, O)
 
-class ResidualQuantiser(nn.Module):
-    """z_q = sum_l C_l[c_l]. Codebooks are no parameters: they follow the means of their members."""
-    def __init__(self, codebooks):
-        super().__init__()
-        self.register_buffer("codebooks", codebooks)  # (3, K, E)
-        self.register_buffer("sums", codebooks.clone())  # (3, K, E)
-        self.register_buffer("members", codebooks.new_ones(codebooks.shape[:2]))  # (3, K)
-    def forward(self, z):  # (n, E) -> z_q (n, E), commitment (), a sum over n
-        codes = quantise(z.detach(), self.codebooks)[0].T  # (3, n)
-        z_q = torch.stack([C[c] for C, c in zip(self.codebooks, codes)]).cumsum(0)  # (3, n, E)
-        # What levels 1..l leave of z; a mean over d, not a sum: one beta for all widths.
-        commitment = (z - z_q).square().mean(2).sum()  # ()
-        return z + (z_q[2] - z).detach(), commitment  # argmin has no gradient  [14]
-    def update(self, residual, rng, decay=DECAY):
-        """Centroids follow the mean of their members, dead ones jump to a residual. (n, E)"""
-        for members, sums, codebook in zip(self.members, self.sums, self.codebooks):
-            code = nearest(residual, codebook)  # (n,)
-            members.mul_(decay).add_(torch.bincount(code, minlength=len(members)), alpha=1 - decay)
-            sums.mul_(decay).index_add_(0, code, residual, alpha=1 - decay)
-            dead = (members < DEAD).nonzero()[:, 0]  # (dead,)  [15]
-            chosen = torch.randint(len(residual), dead.shape, generator=rng)  # (dead,)
-            sums[dead], members[dead] = residual[chosen], 1
-            residual = residual - codebook[code]  # (n, E)
-            codebook.copy_(sums / members.unsqueeze(1))
-
-class Model(nn.ModuleDict):
-    """Student or teacher: backbone (it alone may be bfloat16), the student's quantiser, head."""
-    def forward(self, views, bf16=False):  # (n, 3, S, S) each -> of all: (n, O), z (n, E), ()
-        with torch.autocast(views[0].device.type, torch.bfloat16, enabled=bf16):
-            z = torch.cat([self["backbone"](view) for view in views]).float()  # (n, E)
-        z_q, commitment = self["quantiser"](z) if "quantiser" in self else (z, 0.0)  # (n, E), ()
-        return self["head"](z_q), z.detach(), commitment
-
-def load_backbone(path, size):  # the ViT in a file of the public release or in our dino.pt
+def load_backbone(path, size):
+    """The ViT in a file of the public release or in our dino.pt, for pictures of size x size."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        state = {name.removeprefix("module.").removeprefix("backbone."): w for name, w in
-                 state.get("teacher", state.get("student", state)).items() if "head." not in name}
-        width, _, _, patch = state["patch_embed.proj.weight"].shape
-        vit = VisionTransformer(size, patch, width, sum("norm1.weight" in name for name in state))
-        vit.load_state_dict(state | {"pos_embed": resample(state["pos_embed"], size // patch)})
-        return vit
+        state = state.get("teacher", state.get("student", state))
+        weights = {}
+        for name, weight in state.items():
+            if "head." not in name:
+                name = name.removeprefix("module.").removeprefix("backbone.")
+                weights[name] = weight
+        E, _, _, patch = weights["patch_embed.proj.weight"].shape
+        depth = sum("norm1.weight" in name for name in weights)
+        weights["pos_embed"] = resample(weights["pos_embed"], size // patch)
+        vit = VisionTransformer(size, patch, E, depth)
+        vit.load_state_dict(weights)
     except Exception as error:
         fail(f"--init {path}: no backbone for {size} px ({type(error).__name__}): give another.")
+    return vit
 
-@torch.no_grad()
-def embed(vit, images, items, size):  # [CLS] of whole pictures, as they are; (n, E)
-    scale = lambda x: F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    return torch.cat([vit(scale(images[part].to(vit.cls_token.device) / 255))  # (256, E)
-                      for part in items.split(256)])
+
+# --- The head ------------------------------------------------------------------------------------
+# Without labels there are no classes, so DINO makes up its own: O prototypes, directions that are
+# learnt, and the head says how similar a crop is to each.
+
+
+class Head(nn.Module):
+    """The cosine of z with each of O prototypes (weight norm with its gain held at 1).
+
+    z: (n, E) -> (n, O) in -1..1
+    """
+
+    def __init__(self, E, O):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(E, 4 * E),
+            nn.GELU(),
+            nn.Linear(4 * E, 4 * E),
+            nn.GELU(),
+            nn.Linear(4 * E, E),
+        )
+        self.last_layer = nn.Linear(E, O, bias=False)
+
+    def forward(self, z):
+        z = F.normalize(self.mlp(z), dim=1)                         # (n, E)
+        prototypes = F.normalize(self.last_layer.weight, dim=1)     # (O, E)
+        return z @ prototypes.T                                     # (n, O)
+
+
+# --- The residual quantiser ----------------------------------------------------------------------
+# The idea of this script: between ViT and head, z is rounded to a sum of three centroids, so that
+# whatever the student knows of a picture has to pass through three codes.
+#
+# The trouble is the gradient. A code is an argmin, and an argmin is a staircase: move z a little,
+# and no code changes; move it more, and one jumps. So the derivative of z_q by z is 0 wherever it
+# exists, and no gradient would reach the ViT. The straight-through gradient (VQ-VAE, van den Oord
+# et al. 2017) rounds on the way forward, and on the way back acts as if z had not been rounded:
+#
+#     forward     z_q = C_1[c_1] + C_2[c_2] + C_3[c_3]
+#     backward    dL/dz = dL/dz_q
+#
+# One expression does both: z + sg(z_q - z), where sg (`detach`) makes a constant of its argument.
+# Its value is z_q, and its derivative by z is 1. How wrong that gradient is depends on how far z_q
+# is from z, and the commitment term of the loss keeps them close.
+
+
+class ResidualQuantiser(nn.Module):
+    """Three codebooks. They are no parameters: no gradient moves a centroid, it follows the running
+    mean of its members, the vectors that it is nearest to. codebooks: (3, K, d) to start with
+    """
+
+    def __init__(self, codebooks):
+        super().__init__()
+        # Each centroid starts as if it had had one member a batch, itself.
+        members = codebooks.new_ones(codebooks.shape[:2])
+        self.register_buffer("codebooks", codebooks)                # (3, K, d)
+        self.register_buffer("sums", codebooks.clone())             # (3, K, d) of the members
+        self.register_buffer("members", members)                    # (3, K) how many
+
+    def forward(self, z):
+        """z: (n, d) -> z_q (n, d); commitment (), sum_l ||r_{l-1} - sg(C_l[c_l])||^2 of all n"""
+        codes, _ = quantise(z.detach(), self.codebooks)             # (n, 3)
+        chosen = []
+        for codebook, code in zip(self.codebooks, codes.T):
+            chosen.append(codebook[code])                           # (n, d)
+
+        # z as the first code alone describes it, as the first two do, and as all three do.
+        partial = torch.stack(chosen).cumsum(0)                     # (3, n, d)
+        z_q = partial[2]                                            # (n, d)
+
+        # What l codes leave of z is r_l = r_{l-1} - C_l[c_l]. We take the mean of its squares over
+        # d, not their sum, so that one beta is right for all widths.
+        residuals = z - partial                                     # (3, n, d)
+        commitment = residuals.square().mean(2).sum()               # ()
+
+        straight_through = z + (z_q - z).detach()                   # (n, d)  [14]
+        return straight_through, commitment
+
+    def update(self, residual, rng, decay=CODEBOOK_DECAY):
+        """Moves the centroids: C_l[k] = sum of its members / their number, both running means, that
+        is to say new = decay * old + (1 - decay) * what this batch has. residual: (n, d), r_0 = z
+        """
+        for members, sums, codebook in zip(self.members, self.sums, self.codebooks):
+            code = nearest(residual, codebook)                      # (n,)
+            count = torch.bincount(code, minlength=len(members))    # (K,)
+            members.mul_(decay).add_(count, alpha=1 - decay)        # (K,)
+            sums.mul_(decay)
+            sums.index_add_(0, code, residual, alpha=1 - decay)     # (K, d)
+
+            # A centroid without members would stay where no vector is, and its code unused. It
+            # starts anew at a vector of this batch.  [15]
+            dead = (members < DEAD).nonzero()[:, 0]                 # (dead,)
+            chosen = torch.randint(len(residual), dead.shape, generator=rng)
+            sums[dead] = residual[chosen]                           # (dead, d)
+            members[dead] = 1                                       # (dead,)
+
+            # The next level is about what this one leaves, before its centroids move.
+            residual = residual - codebook[code]                    # (n, d)
+            codebook.copy_(sums / members.unsqueeze(1))             # (K, d)
+
+
+# --- Student and teacher -------------------------------------------------------------------------
+# Two networks of one shape, but only the student has a quantiser: the teacher sets the target,
+# and what rounds the teacher rounds the target.  [13]
+
+
+class Model(nn.Module):
+    """ViT, quantiser (in a student, but not with --plain), head. bf16: the ViT is in bfloat16."""
+
+    def __init__(self, backbone, head, bf16):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.bf16 = bf16
+        self.quantiser = None
+
+    def forward(self, views):
+        """Views of one size are in one tensor. views: tensors (some, b, 3, side, side), V together
+        -> outputs of the head (V, b, O), z (V, b, E) without gradient, commitment (), of all views
+        """
+        vectors = []
+        with torch.autocast(views[0].device.type, torch.bfloat16, enabled=self.bf16):
+            for view in views:
+                vectors.append(self.backbone(view.flatten(0, 1)))   # (some * b, E)
+        z = torch.cat(vectors).float()                              # (V * b, E)
+
+        z_q = z                                                     # (V * b, E)
+        commitment = 0.0
+        if self.quantiser is not None:
+            z_q, commitment = self.quantiser(z)                     # (V * b, E), ()
+        out = self.head(z_q)                                        # (V * b, O)
+
+        V = sum(len(view) for view in views)
+        b = views[0].shape[1]
+        out = out.unflatten(0, (V, b))                              # (V, b, O)
+        z = z.detach().unflatten(0, (V, b))                         # (V, b, E)
+        return out, z, commitment
+
+
+# --- The loss ------------------------------------------------------------------------------------
+# Both networks say of a crop how likely it belongs to each prototype: p_t the teacher, p_s the
+# student. The teacher sees global crops only, the student all views: it has to guess the whole
+# from a part.
+
 
 def dino_loss(p_t, logits):
-    """Cross-entropy of the teacher's crop t and the student's v, mean of all pairs but t = v, sum
-    over B pictures. p_t: (2, B, O), logits: (V, B, O) -> ()"""
-    log_p_s = (logits / STUDENT_TEMP).log_softmax(2)  # (V, B, O)
-    pairs = -torch.einsum("tbo,vbo->tv", p_t, log_p_s)  # (2, V)
-    return (pairs.sum() - pairs.diagonal().sum()) / (pairs.numel() - 2)  # [11]
+    """Cross-entropy: what the teacher says of crop t, the student has to say of every other view v.
 
-def main(argv=None):
+    L_DINO = mean over all pairs t != v of  - sum_o p_t[t, o] log p_s[v, o]
+    p_s = softmax(logits / tau_s)
+
+    p_t: (2, b, O), logits: (V, b, O) of all views, the teacher's two first -> (), nats, the sum
+    over b pictures. Caron et al. 2021, equation 3
+    """
+    log_p_s = (logits / STUDENT_TEMP).log_softmax(2)                # (V, b, O)
+    pairs = -torch.einsum("tbo,vbo->tv", p_t, log_p_s)              # (2, V)
+
+    # On the diagonal, t = v, the student sees what the teacher sees: nothing to guess.  [11]
+    same_crop = pairs.diagonal().sum()                              # ()
+    return (pairs.sum() - same_crop) / (pairs.numel() - 2)          # ()
+
+
+# --- What changes during training ----------------------------------------------------------------
+# `done` is the share of all steps that are over: 0 at the first step, 1 after the last.
+
+
+def cosine(done):
+    """From 1 to 0, slowly at both ends."""
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+def learning_rate(done):
+    """Warm-up: from a hundredth of LR in a straight line, until it meets the cosine to 0."""
+    warm_up = 10 * done + 0.01
+    return LR * min(cosine(done), warm_up)
+
+
+def weight_decay(done):
+    """From .04 to .4: weights may grow at first, and must be worth it later."""
+    return 0.4 - 0.36 * cosine(done)
+
+
+def teacher_temperature(done):
+    """tau_t, from .04, the sharpest targets, to .07 in the first 30 % of training."""
+    return min(0.07, 0.04 + 0.1 * done)
+
+
+def teacher_momentum(done, steps):
+    """m, what stays of the teacher in a step: from .996, as published, to 1.
+
+    With .996 it is an average of about 250 steps. A run of few steps averages over a 25th of them.
+    """
+    average_over = min(250, max(2, steps / 25))
+    first = 1 - 1 / average_over
+    return 1 - (1 - first) * cosine(done)
+
+
+def make_optimizer(student):
+    """AdamW. Its first group, the matrices, decays; the second, biases and norms, does not."""
+    matrices = [weight for weight in student.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in student.parameters() if weight.ndim < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def set_rates(optimizer, done):
+    """Learning rate and weight decay of the step that follows."""
+    matrices, vectors = optimizer.param_groups
+    matrices["lr"] = learning_rate(done)
+    vectors["lr"] = learning_rate(done)
+    matrices["weight_decay"] = weight_decay(done)
+
+
+# --- One step of training ------------------------------------------------------------------------
+# add_up, gather and backward let several processes share a batch. They stand further below; where
+# there is one process, add_up and gather change nothing and backward is loss.backward().
+
+
+def train_step(student, replica, teacher, center, optimizer, views, B, step, steps, epoch, rng):
+    """Step number `step` of `steps`. Changes student, teacher, center (O,) and optimizer in place.
+
+    replica: the student, as several processes train it; views: global crops (2, b, 3, S, S), local
+    ones (V-2, b, 3, local, local); B: pictures in the batch, with those of other processes
+    -> L_DINO and the entropy of p_t, nats, means over the batch (2,)
+    """
+    global_crops, local_crops = views
+    V = len(global_crops) + len(local_crops)
+    done = step / steps
+
+    # The teacher: p_t = softmax((head_t(ViT_t(x)) - center) / tau_t), of global crops only. Two
+    # things keep it from saying the same of all pictures: the center, so that no prototype wins
+    # everywhere, and a small tau_t, so that not all are equal everywhere.  [12]
+    with torch.no_grad():
+        out, _, _ = teacher([global_crops])                         # (2, b, O)
+        p_t = ((out - center) / teacher_temperature(done)).softmax(2)  # (2, b, O)
+    entropy = torch.special.entr(p_t).sum() / (2 * B)               # ()
+
+    # The student: p_s = softmax(head(z_q) / tau_s), of all views.
+    logits, z, commitment = replica([global_crops, local_crops])    # (V, b, O), (V, b, d), ()
+    l_dino = dino_loss(p_t, logits) / B                             # ()
+
+    # The second term commits z to the centroids that were chosen, a mean over views and pictures:
+    # L = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2
+    loss = l_dino + BETA * commitment / (V * B)                     # ()
+    optimizer.zero_grad()
+    backward(loss)
+
+    # In the first epoch the prototypes do not move: the targets are still close to random, and it
+    # is the ViT that has to make sense of them.  [16]
+    if epoch == 0:
+        student.head.last_layer.weight.grad = None
+    nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+    set_rates(optimizer, done)
+    optimizer.step()
+
+    # No gradient moves the teacher: it is the running average of the student,
+    # teacher = m teacher + (1 - m) student
+    m = teacher_momentum(done, steps)
+    for average, weight in zip(teacher.parameters(), student.parameters()):
+        average.lerp_(weight.detach(), 1 - m)
+
+    # The center is the running mean of what the teacher's head says,
+    # center = .9 center + .1 mean of head_t(ViT_t(x))
+    mean = add_up(out.flatten(0, 1).sum(0)) / (2 * B)               # (O,)
+    center.lerp_(mean, 1 - CENTER_MOMENTUM)                         # (O,)
+
+    # Centroids are running means, too: C_l[k] of its members among the z of all views.
+    if student.quantiser is not None:
+        everyone = gather(z, B).flatten(0, 1)                       # (V * B, d)
+        student.quantiser.update(everyone, rng)
+
+    return add_up(torch.stack([l_dino.detach(), entropy]))          # (2,)
+
+
+# --- Several processes that share a batch --------------------------------------------------------
+# Under torchrun each process has a share of every batch, and all of them together learn what one
+# process would learn from the whole. A single process has a share of everything.
+
+
+def my_share():
+    """Which pictures of a batch this process has: of two processes, every second one. -> slice"""
+    if not dist.is_initialized():
+        return slice(None)
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def views_of(batch, images, V, vit, rng):
+    """The views of this process's share of a batch. batch: (B,), items -> as make_views"""
+    # Everybody draws for the whole batch: so all draw the same, and a picture gets the same views
+    # whoever has it.
+    draws = draw_views(V, len(batch), rng)[:, my_share()]           # (V, b, 8)
+    device = vit.cls_token.device
+    pictures = images[batch[my_share()]].to(device) / 255           # (b, 3, S, S)
+    return make_views(pictures, draws.to(device), vit.size, vit.patch)
+
+
+def gather(z, B):
+    """The vectors of the whole batch in its order. z: (V, b, d), this process's -> (V, B, d)"""
+    everyone = z.new_zeros(len(z), B, z.shape[2])                   # (V, B, d)
+    everyone[:, my_share()] = z                                     # (V, b, d)
+    return add_up(everyone)                                         # (V, B, d)
+
+
+def backward(loss):
+    """Gradients of a loss that is the sum of all processes' losses. loss: (), this process's"""
+    # DistributedDataParallel takes the mean of their gradients: the sum is that many times larger.
+    world = 1
+    if dist.is_initialized():
+        world = dist.get_world_size()
+    (world * loss).backward()
+
+
+# --- Reading codes -------------------------------------------------------------------------------
+# Whole pictures, as they are, go through the teacher's ViT, which is the steadier of the two, and
+# the student's codebooks cut what it says into codes.
+
+
+@torch.no_grad()
+def embed(vit, images, items):
+    """[CLS] of whole pictures. images: uint8 (N+1, 3, S, S), items: (n,) -> (n, E)"""
+    vectors = []
+    for part in items.split(256):
+        x = images[part].to(vit.cls_token.device) / 255             # (256, 3, S, S)
+        x = F.interpolate(x, (vit.size, vit.size), mode="bilinear", antialias=True)
+        vectors.append(vit(x))                                      # (256, E)
+    return torch.cat(vectors)                                       # (n, E)
+
+
+def standardise(z, codebooks):
+    """z with mean 0 and variance 1. One scale for all coordinates leaves every code as it is.
+
+    z: (n, d), codebooks: (3, K, d) -> the two anew
+    """
+    mean = z.mean(0)                                                # (d,)
+    variance = z.var(0, correction=0).mean()                        # ()
+    scale = variance.sqrt().clamp(min=1e-6)                         # ()
+
+    # Only the first codebook sees the mean: the others see what the first one leaves.
+    first = (codebooks[:1] - mean) / scale                          # (1, K, d)
+    others = codebooks[1:] / scale                                  # (2, K, d)
+    return (z - mean) / scale, torch.cat([first, others])           # (n, d), (3, K, d)
+
+
+def read_image_codes(student, teacher, images, data, rng):
+    """Vectors and codes of all items. -> dict, as image_codes.pt holds it"""
+    known = data["has_image"]                                       # (N+1,)
+    items = known.nonzero()[:, 0]                                   # (n,)
+    K = codebook_size(len(known) - 1)
+    if len(items) == 0:
+        embeddings = torch.zeros(len(known), 1)                     # (N+1, d): d = 1
+        codebooks = torch.zeros(3, K, 1)                            # (3, K, d)
+    else:
+        z = embed(teacher.backbone, images, items)                  # (n, d)
+        if student.quantiser is None:
+            codebooks = residual_kmeans(z.cpu(), K, rng)            # (3, K, d)
+        else:
+            # Ours: ten steps of k-means (decay 0: nothing old stays) take the codebooks from the
+            # student's crops to the teacher's whole pictures.
+            for _ in range(10):
+                student.quantiser.update(z, rng, decay=0)
+            codebooks = student.quantiser.codebooks.cpu()           # (3, K, d)
+        z, codebooks = standardise(z.cpu(), codebooks)              # (n, d), (3, K, d)
+        embeddings = torch.zeros(len(known), z.shape[1])            # (N+1, d)
+        embeddings[items] = z
+
+    codes, moved = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)
+    return {
+        "codes": codes,                                             # (N+1, L)
+        "codebooks": codebooks,                                     # (3, K, d)
+        "embeddings": embeddings,                                   # (N+1, d)
+        "known": known,                                             # (N+1,)
+        "moved": moved,
+    }
+
+
+# --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
+# Three numbers instead of a vector: its nearest centroid, the centroid nearest to what that leaves,
+# and once more. A fourth number tells apart the items that share all three.
+
+
+def codebook_size(N):
+    """K, our rule: the power of two nearest (in ratio) to sqrt(N), from 8 to 256, the paper's."""
+    exponent = round(math.log2(max(N, 1)) / 2)
+    return 2 ** min(8, max(3, exponent))
+
+
+def nearest(x, codebook):
+    """argmin_k ||x - C[k]||^2 for every row of x. x: (n, d), codebook: (K, d) -> (n,)"""
+    # ||x - C[k]||^2 = ||x||^2 - 2 x . C[k] + ||C[k]||^2, and the first term is the same for all k.
+    # So the nearest centroid has the least ||C[k]||^2 / 2 - x . C[k]: one product of matrices.
+    half_norm = codebook.square().sum(1) / 2                        # (K,)
+    codes = []
+    for part in x.split(4096):  # few enough rows to stay in the processor's cache
+        score = torch.addmm(half_norm, part, codebook.T, alpha=-1)  # (part, K)
+        codes.append(score.argmin(1))                               # (part,)
+    return torch.cat(codes)                                         # (n,)
+
+
+def kmeans(x, K, rng, steps=15):
+    """Lloyd's algorithm: each vector goes to its nearest centroid, each centroid to their mean.
+
+    x: (n, d), rng: torch.Generator -> codebook (K, d)
+    """
+    # 1,024 vectors a centroid find it as well as more would. Fewer than K vectors are repeated.
+    order = torch.randperm(max(len(x), K), generator=rng)           # (max(n, K),)
+    x = x[order[:1024 * K] % len(x)]                                # (sample, d)
+
+    codebook = x[:K]                                                # (K, d)
+    for _ in range(steps):
+        codes = nearest(x, codebook)                                # (sample,)
+        members = torch.bincount(codes, minlength=K).unsqueeze(1)   # (K, 1)
+        sums = torch.zeros_like(codebook).index_add_(0, codes, x)   # (K, d)
+
+        # A centroid without members restarts at the vector that is served worst.  [8]
+        empty = (members[:, 0] == 0).nonzero()[:, 0]                # (empty,)
+        if len(empty):
+            error = (x - codebook[codes]).square().sum(1)           # (sample,)
+            worst = error.topk(len(empty)).indices                  # (empty,)
+            sums[empty] = x[worst]                                  # (empty, d)
+            members[empty] = 1                                      # (empty, 1)
+
+        codebook = sums / members                                   # (K, d)
+    return codebook
+
+
+def residual_kmeans(x, K, rng):
+    """A codebook for x, one for what it leaves, one for what that leaves. (n, d) -> (3, K, d)"""
+    codebooks = []
+    for _ in range(3):
+        codebook = kmeans(x, K, rng)                                # (K, d)
+        codebooks.append(codebook)
+        x = x - codebook[nearest(x, codebook)]                      # (n, d)
+    return torch.stack(codebooks)                                   # (3, K, d)
+
+
+def quantise(x, codebooks):
+    """r_0 = x;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;  r_l = r_{l-1} - C_l[c_l],  l = 1, 2, 3.
+
+    x: (n, d), codebooks: (3, K, d) -> codes (n, 3), what they leave of x, r_3 (n, d)
+    """
+    codes = []
+    residual = x                                                    # (n, d)
+    for codebook in codebooks:
+        code = nearest(residual, codebook)                          # (n,)
+        codes.append(code)
+        residual = residual - codebook[code]                        # (n, d)  [7]
+    return torch.stack(codes, 1), residual                          # (n, 3), (n, d)
+
+
+def number_in_group(group, order):
+    """Numbers the members of each group from 0: who comes first in `order` gets 0.
+
+    group: (n,) the group of each member, order: (n,) a permutation of the members -> (n,)
+    """
+    # Bring each group together, its members in the given order.
+    together = order[group[order].argsort(stable=True)]             # (n,)
+    _, size = group[together].unique_consecutive(return_counts=True)  # (groups,)
+
+    # A member's number is its place minus the place where its group begins:
+    #   group   a a a b c c
+    #   place   0 1 2 3 4 5
+    #   begin   0 0 0 3 4 4
+    #   number  0 1 2 0 0 1
+    place = torch.arange(len(group))                                # (n,)
+    begin = (size.cumsum(0) - size).repeat_interleave(size)         # (n,)
+    number = torch.empty_like(group)                                # (n,)
+    number[together] = place - begin                                # (n,)
+    return number
+
+
+def finish_codes(embeddings, known, codebooks, train_counts, rng):
+    """Three codes by meaning and a fourth against collisions: no two items share all four.
+
+    embeddings: (N+1, d); known: bool (N+1,), False where an item lacks this modality;
+    codebooks: (3, K, d); train_counts: (N+1,), events in training
+    -> codes int16 (N+1, L), row 0 = -1; how many items were moved to make room
+    """
+    K = codebooks.shape[1]
+    codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
+    # Without a vector an item gets a random place in the tree: it may still be a target.
+    codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
+
+    # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
+    prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)           # (N+1,)
+    prefix[0] = -1  # padding shares its place with nobody
+
+    # Level 4 has room for K items. Of a fuller prefix those move that are served worst.  [10]
+    best_served = residual.square().sum(1).argsort(stable=True)     # (N+1,)
+    moved = number_in_group(prefix, best_served) >= K               # (N+1,)
+    redistribute(codes, prefix, moved, embeddings, codebooks)
+
+    # Items of one prefix are numbered, the most bought first, so that 0 is the likeliest.  [9]
+    most_bought = (-train_counts.long()).argsort(stable=True)       # (N+1,)
+    collision = number_in_group(prefix, most_bought)                # (N+1,)
+    codes = torch.cat([codes, collision.unsqueeze(1)], 1)           # (N+1, L)
+    codes[0] = -1
+
+    _, sharing = prefix[known].unique(return_counts=True)           # (prefixes,)
+    alone = (sharing == 1).sum() / known.sum().clamp(1)             # ()
+    print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
+    return codes.to(torch.int16), moved.sum().item()
+
+
+def redistribute(codes, prefix, moved, embeddings, codebooks):
+    """Empty-leaf redistribution: each item in `moved` walks down the tree once more, at each level
+    into the nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
+    """
+    # The tree of prefixes as one flat array of counts a level: entry p of behind[l] is the number
+    # of items behind the prefix p of l + 1 codes. The K branches of a node p are p K .. p K + K-1.
+    K = codebooks.shape[1]
+    stays = prefix[1:][~moved[1:]]                                  # (stays,)
+    behind = [torch.bincount(stays // (K * K), minlength=K),        # (K,)
+              torch.bincount(stays // K, minlength=K ** 2),         # (K^2,)
+              torch.bincount(stays, minlength=K ** 3)]              # (K^3,)
+
+    for item in moved.nonzero()[:, 0].tolist():
+        residual = embeddings[item]                                 # (d,)
+        node = 0  # the root
+        for l, codebook in enumerate(codebooks):
+            branches = behind[l][node * K:(node + 1) * K]           # (K,)
+            full = branches == K ** (3 - l)                         # (K,)
+            distance = (residual - codebook).square().sum(1)        # (K,)
+            k = distance.masked_fill(full, math.inf).argmin().item()
+            branches[k] += 1
+            codes[item, l] = k
+            residual = residual - codebook[k]                       # (d,)
+            node = node * K + k
+        prefix[item] = node
+
+
+# --- The script ----------------------------------------------------------------------------------
+
+
+def options(argv):
+    """The command line. -> argparse.Namespace"""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+    devices = sorted({"auto", "cpu", best_device()})
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of every random choice")
-    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps
-    add("--device", default="auto", choices=sorted({"auto", "cpu", device}), help="auto: the best")
+    add("--device", default="auto", choices=devices, help="auto: the best")
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--plain", action="store_true", help="no quantiser in training, k-means afterwards")
     add("--init", help="file of ViT weights to start from; sets width, depth, patch")
@@ -332,113 +802,298 @@ def main(argv=None):
     add("--crop-size", type=int, default=0, help="pixels along a global crop; 0: as stored")
     add("--local-crops", type=int, default=2, help="crops of half that size, for the student only")
     add("--out-dim", type=int, default=1024, help="O: prototypes of the head")
-    if parser.parse_known_args(argv)[0].smoke:
+    known, _ = parser.parse_known_args(argv)
+    if known.smoke:
         parser.set_defaults(epochs=1, width=24, depth=1, out_dim=64)
     args = parser.parse_args(argv)
+
     if not 0 <= args.seed < 2 ** 32:
         fail("--seed starts at 0, and ends below 2^32.")
-    run, rng = pathlib.Path(args.run), torch.manual_seed(args.seed)
-    args.rank, args.world = rank, world = join()
-    device = torch.device(device if args.device == "auto" else args.device)
-    images = load(run / "images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
-    data = load(run / "data.pt", "01_data.py")
-    known = data["has_image"]  # (N+1,)
-    items, K = known.nonzero()[:, 0], codebook_size(len(known) - 1)  # (n,)
-    size = args.crop_size or images.shape[-1]
-    vit = load_backbone(args.init, size) if args.init else None
-    width, patch = vit.patch_embed["proj"].weight.shape[::3] if vit else \
-        (args.width, max(1, size // 8))  # 64 patches: the same cost for any picture size
-    if min(size, width, args.epochs, args.batch, args.depth, args.out_dim, args.local_crops + 1,
-           args.max_steps + 1) < 1 or size % patch or width % max(3, width // 64):
-        fail(f"Sizes start at 1; patches of {patch} must tile crops of {size}, heads {width}.")
-    vit = vit or VisionTransformer(size, patch, width, args.depth)
-    bf16 = args.precision == "bf16" or (args.precision, device.type) == ("auto", "cuda")
-    student = Model({"backbone": vit, "head": Head(width, args.out_dim)}).to(device)
-    teacher, quantiser = copy.deepcopy(student).requires_grad_(False), None
-    if len(items) and not args.plain:  # the quantiser starts as k-means of what the ViT says now
-        first = items[torch.randperm(len(items), generator=rng)[:16 * K]]  # (16K,)
-        codebooks = residual_kmeans(embed(vit, images, first, size).cpu(), K, rng)  # (3, K, d)
-        quantiser = student["quantiser"] = ResidualQuantiser(codebooks).to(device)
-    forward = nn.parallel.DistributedDataParallel(student) if world > 1 else student
-    weights = list(student.parameters())  # weight decay .04 -> .4 on matrices, none on vectors
-    optimizer = torch.optim.AdamW([{"params": [w for w in weights if w.ndim > 1]},
-                                   {"params": [w for w in weights if w.ndim < 2]}], fused=True)
-    V, local = 2 + args.local_crops, max(1, size // 2 // patch) * patch  # views; whole patches
-    steps = args.epochs * (epoch_steps := math.ceil(len(items) / (args.batch * world)))
-    momentum = 1 - 1 / min(250, max(2, steps / 25))  # .996 as published, less in a short run
-    print(f"{len(items)} pictures, K = {K}; a uniform guess has loss {math.log(args.out_dim):.2f}")
-    checkpoint = run / "dino.checkpoint"
-    state = resume(checkpoint, args, student=student, teacher=teacher, optimizer=optimizer)
-    curves, started = state["losses"], time.time() - state["seconds"]
-    center = state.get("center", torch.zeros(args.out_dim)).to(device)  # (O,)
-    for epoch in range(len(curves), args.epochs if len(items) else 0):
+    if min(args.epochs, args.batch, args.width, args.depth, args.out_dim) < 1:
+        fail("--epochs, --batch, --width, --depth and --out-dim start at 1.")
+    if min(args.max_steps, args.crop_size, args.local_crops) < 0:
+        fail("--max-steps, --crop-size and --local-crops start at 0.")
+    if args.device == "auto":
+        args.device = best_device()
+    args.bf16 = args.precision == "bf16"
+    if args.precision == "auto":
+        args.bf16 = args.device == "cuda"
+    return args
+
+
+def main(argv=None):
+    args = options(argv)
+    run = Run(args.run)
+    args.rank, args.world = join(run)
+    rng = torch.manual_seed(args.seed)  # the generator of every draw
+
+    images = run.load("images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
+    data = run.load("data.pt", "01_data.py")
+    items = data["has_image"].nonzero()[:, 0]                       # (n,): those with a picture
+    K = codebook_size(len(images) - 1)
+    print(f"{len(items)} pictures, K = {K}; "
+          f"a uniform guess has loss {math.log(args.out_dim):.2f}")
+
+    student, teacher = build(images, items, K, args, rng)
+    curves, seconds = train(student, teacher, images, items, run, args, rng)
+    if args.max_steps:  # a trial writes nothing
+        return
+
+    rng.manual_seed(args.seed)  # the same, whether training was stopped in between or not
+    image_codes = read_image_codes(student, teacher, images, data, rng)
+    run.save({
+        "teacher": teacher.cpu().state_dict(),
+        "losses": curves[:, 0],                                     # (epochs,)
+        "teacher_entropy": curves[:, 1],                            # (epochs,)
+        "seconds": seconds,
+        "options": vars(args),
+    }, "dino.pt")
+    run.save(image_codes, "image_codes.pt")
+    if run.writes:
+        (run.folder / "dino.checkpoint").unlink(missing_ok=True)
+
+
+def build(images, items, K, args, rng):
+    """A student, and a teacher that begins as its copy. -> two Models"""
+    size = args.crop_size or images.shape[3]
+    if args.init:
+        vit = load_backbone(args.init, size)
+    else:
+        patch = max(1, size // 8)  # 64 patches: the same cost for any picture size
+        check_sizes(size, patch, args.width)
+        vit = VisionTransformer(size, patch, args.width, args.depth)
+    E = vit.cls_token.shape[2]
+    student = Model(vit, Head(E, args.out_dim), args.bf16).to(args.device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+
+    # The student's quantiser begins as k-means of what its ViT says now.
+    if len(items) and not args.plain:
+        order = torch.randperm(len(items), generator=rng)           # (n,)
+        first = items[order[:16 * K]]                               # (16K,)
+        z = embed(vit, images, first).cpu()                         # (16K, d)
+        codebooks = residual_kmeans(z, K, rng)                      # (3, K, d)
+        student.quantiser = ResidualQuantiser(codebooks).to(args.device)
+    return student, teacher
+
+
+def check_sizes(size, patch, width):
+    heads = number_of_heads(width)
+    if size % patch or width % heads:
+        fail(f"Patches of {patch} must tile crops of {size}, and {heads} heads a width of {width}.")
+
+
+def train(student, teacher, images, items, run, args, rng):
+    """All epochs, from where a stopped run left off. -> L_DINO and entropy (epochs, 2), seconds"""
+    if len(items) == 0:
+        return torch.zeros(0, 2), 0.0
+    optimizer = make_optimizer(student)
+    state = resume(run, "dino.checkpoint", args,
+                   student=student, teacher=teacher, optimizer=optimizer)
+    center = state.get("center", torch.zeros(args.out_dim)).to(args.device)  # (O,)
+    curves = state["losses"]
+    began = time.time() - state["seconds"]
+
+    replica = student
+    if args.world > 1:
+        replica = nn.parallel.DistributedDataParallel(student)
+    V = 2 + args.local_crops
+    batch_size = args.batch * args.world
+    epoch_steps = math.ceil(len(items) / batch_size)
+    steps = args.epochs * epoch_steps
+    bar = tqdm(total=steps, initial=len(curves) * epoch_steps, leave=False, disable=None)
+
+    for epoch in range(len(curves), args.epochs):
+        # Every epoch has random numbers of its own: a stopped run can go on from here.
         rng.manual_seed(1000 * args.seed + epoch)
-        sums = torch.zeros(2)  # L_DINO, entropy of p_t
-        order = items[torch.randperm(len(items), generator=rng)]  # (n,)
-        bar = tqdm(order.split(args.batch * world), f"epoch {epoch + 1}", leave=False, disable=None)
-        for step, batch in enumerate(bar, epoch * epoch_steps):  # batch: (B,)
-            done, wave = step / steps, (1 + math.cos(math.pi * step / steps)) / 2  # 0 to 1, 1 to 0
-            for group, decay in zip(optimizer.param_groups, (0.4 - 0.36 * wave, 0)):
-                group["lr"], group["weight_decay"] = LR * min(wave, 10 * done + 0.01), decay
-            tau_t = min(0.07, 0.04 + 0.1 * done)  # temperature of the teacher
-            x, B = images[batch[rank::world]].to(device) / 255, len(batch)  # (b, 3, S, S)
-            luck = 2 * torch.rand(V, B, 8, generator=rng)[:, rank::world].to(device) - 1  # V, b, 8
-            views = [crops(x.repeat(len(part), 1, 1, 1), side, scale, part.flatten(0, 1))
-                     for part, side, scale in zip(luck.split([2, V - 2]), (size, local), SCALES)]
-            with torch.no_grad():
-                out = teacher(views[:1], bf16)[0]  # (2b, O)  [13]
-                p_t = ((out - center) / tau_t).softmax(1).unflatten(0, (2, len(x)))  # (2, b, O)
-                center.lerp_(add_up(out.sum(0)) / (2 * B), 1 - CENTER_MOMENTUM)  # [12]
-            logits, z, commitment = forward(views, bf16)  # (V*b, O), (V*b, d), ()
-            if quantiser:
-                everyone = torch.zeros(V, B, width, device=device)  # (V, B, d)
-                everyone[:, rank::world] = z.unflatten(0, (V, len(x)))
-                quantiser.update(add_up(everyone).flatten(0, 1), rng)
-            loss = dino_loss(p_t, logits.unflatten(0, (V, len(x)))) / B  # our part of L_DINO
-            if not loss.isfinite():
+        order = items[torch.randperm(len(items), generator=rng)]    # (n,)
+        batches = order.split(batch_size)
+        if args.max_steps:
+            batches = batches[:args.max_steps]
+
+        sums = torch.zeros(2)
+        for step, batch in enumerate(batches, epoch * epoch_steps):  # batch: (B,)
+            views = views_of(batch, images, V, student.backbone, rng)
+            losses = train_step(student, replica, teacher, center, optimizer, views,
+                                len(batch), step, steps, epoch, rng).cpu()  # (2,)
+            if not losses.isfinite().all():
+                checkpoint = run.folder / "dino.checkpoint"
                 fail(f"step {step}: the loss is no number; whole epochs: {checkpoint}")
-            optimizer.zero_grad()
-            # Gradients are averaged over processes, but the loss is a sum of parts: times world.
-            (world * (loss + BETA * commitment / (V * B))).backward()
-            if epoch == 0:  # the prototypes wait until there is something to be like
-                student["head"].last_layer.weight.grad = None  # [16]
-            nn.utils.clip_grad_norm_(weights, CLIP)
-            optimizer.step()
-            for average, weight in zip(teacher.parameters(), weights):
-                average.lerp_(weight.detach(), (1 - momentum) * wave)
-            entropy = torch.special.entr(p_t).sum() / (2 * B)  # ()
-            sums += add_up(torch.stack([loss.detach(), entropy])).cpu() / epoch_steps
-            if args.max_steps and step + 1 == min(args.max_steps, epoch_steps):
-                hours = (time.time() - started) / 3600 * epoch_steps / (step + 1)
-                return print(f"{step + 1} steps; an epoch has {epoch_steps:,}: {hours:.3g} hours")
-        print(f"epoch {epoch + 1}: loss {sums[0]:.2f} = entropy of p_t {sums[1]:.2f} + KL")
+            sums += losses / epoch_steps
+            bar.set_postfix_str(f"loss {losses[0]:.2f}, entropy {losses[1]:.2f}", refresh=False)
+            bar.update()
+
+        seconds = time.time() - began
+        bar.clear()
+        if args.max_steps:
+            hours = seconds / 3600 * epoch_steps / len(batches)
+            print(f"{len(batches)} steps; an epoch has {epoch_steps:,}: {hours:.3g} hours")
+            return torch.zeros(0, 2), seconds
         curves.append(sums)
-        save({"student": student.state_dict(), "teacher": teacher.state_dict(), "losses": curves,
-              "optimizer": optimizer.state_dict(), "center": center,
-              "seconds": time.time() - started, "options": vars(args)}, checkpoint)
-    rng.manual_seed(args.seed)
-    curves = torch.stack([torch.zeros(2), *curves])[1:]  # (epochs, 2)
-    embeddings = torch.zeros(len(known), width if len(items) else 1)  # (N+1, d)
-    codebooks = torch.zeros(3, K, embeddings.shape[1])  # (3, K, d)
-    if len(items):
-        z = embed(teacher["backbone"], images, items, size)  # (n, d)
-        # Ours: ten of Lloyd's steps, from the student's crops to the teacher's whole pictures.
-        for _ in range(10 if quantiser else 0):
-            quantiser.update(z, rng, decay=0)
-        z = z.cpu()  # (n, d)
-        codebooks = quantiser.codebooks.cpu() if quantiser else residual_kmeans(z, K, rng)
-        # Standardised with one scale for all coordinates, which leaves every code as it is.
-        mean, scale = z.mean(0), z.var(0, correction=0).mean().sqrt().clamp(min=1e-6)  # (d,), ()
-        embeddings[items] = (z - mean) / scale  # (n, d)
-        codebooks[0] -= mean
-        codebooks /= scale
-    codes, moved = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, 4)
-    save({"teacher": teacher.cpu().state_dict(), "losses": curves[:, 0],
-          "teacher_entropy": curves[:, 1], "seconds": time.time() - started, "options": vars(args)},
-         run / "dino.pt")
-    save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known,
-          "moved": moved}, run / "image_codes.pt")
-    rank or checkpoint.unlink(missing_ok=True)
+        print_epoch(epoch, sums, args.epochs)
+        run.save({
+            "student": student.state_dict(),
+            "teacher": teacher.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "center": center,
+            "losses": curves,
+            "seconds": seconds,
+            "options": vars(args),
+        }, "dino.checkpoint")
+    bar.close()
+    return torch.stack(curves), time.time() - began
+
+
+def print_epoch(epoch, sums, epochs):
+    """A line for the first, each tenth and the last epoch; of a short run for each eighth of it."""
+    every = min(10, math.ceil(epochs / 8))
+    number = epoch + 1
+    if number == 1 or number % every == 0 or number == epochs:
+        loss, entropy = sums.tolist()
+        # Cross-entropy = entropy + KL: how unsure the teacher is, how far the student is from it.
+        print(f"epoch {number}: loss {loss:.2f} = entropy of p_t {entropy:.2f} + KL", flush=True)
+
+
+# --- Files, stopped runs, several processes (the same text in every script that has it) ----------
+# Nothing below belongs to the method.
+
+
+def fail(message):
+    """Ends the script with one sentence and exit code 2: no traceback, nothing half-written."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def start(main):
+    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    if sys.version_info < (3, 11):
+        fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped: the same command goes on with what is written already.")
+    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
+
+
+class Run:
+    """The folder of one experiment: here the scripts meet, and nowhere else.
+
+    It remembers the SHA-256 of every file that this script has read. Whatever the script saves
+    carries them as `made_from`, so that codes of one shop never meet the events of another.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.made_from = {}  # name of a file -> its SHA-256
+        self.writes = True   # of several processes only the first one writes
+
+    def load(self, name, maker, mmap=False):
+        """Reads what the script `maker` wrote. -> dict of tensors, numbers, strings, lists, dicts
+
+        Ends the script where the file is missing, damaged, foreign, or made from other files than
+        those that were read before. mmap: tensors stay on the disk until they are used.
+        """
+        path = self.folder / name
+        try:
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
+            artifact = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+            if maker == "01_data.py":
+                made_from = artifact["made_from"]  # KeyError: a foreign file of that name
+            else:
+                made_from = artifact.get("made_from", {})  # anybody may make codes, predictions
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except Exception as error:
+            fail(f"{path} is missing or damaged ({type(error).__name__}): "
+                 f"run {maker} with this --run.")
+        for other, then in made_from.items():
+            if self.made_from.get(other, then) != then:
+                fail(f"{path} was made from another {path.with_name(other)}: run {maker} again.")
+        self.made_from[name] = digest
+        return artifact
+
+    def save(self, artifact, name):
+        """Writes a dict of tensors, numbers, strings, lists and dicts as a .pt file."""
+        if self.writes:
+            with self.writing(name) as file:
+                torch.save({**artifact, "made_from": self.made_from}, file)
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        """Opens a file beside `name`, flushes it and renames it: nobody ever sees half a file."""
+        path = self.folder / name
+        partial = self.folder / f"{name}.partial"
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+            fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def resume(run, name, args, **parts):
+    """The state that a stopped run saved after its last whole epoch, or that of a new run.
+
+    parts (model, optimizer, ..) are restored in place. Every epoch draws its own random numbers,
+    so a run that goes on ends in the same bits as one that was never stopped.
+    """
+    path = run.folder / name
+    if args.fresh or args.max_steps or not path.exists():
+        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
+    state = run.load(name, "this script with --fresh")
+    del run.made_from[name]  # results are not made from a checkpoint
+
+    before = state["options"]
+    if before["world"] != args.world:
+        fail(f"{path} was begun by {before['world']} processes, not {args.world}: go on with as "
+             "many, or use --fresh.")
+    for option, now in vars(args).items():
+        free = option in ("run", "device", "rank", "world", "fresh", "bf16")
+        if not free and before.get(option) != now:
+            fail(f"{path} began with --{option.replace('_', '-')} {before.get(option)}, not {now}: "
+                 "go on so, or use --fresh.")
+    for part_name, part in parts.items():
+        part.load_state_dict(state[part_name])
+    return state
+
+
+def join(run):
+    """Meets the other processes that torchrun started. -> number of this one, number of all"""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    # At the end, in this order: wait, as gloo's threads still hand tensors back; then leave.
+    atexit.register(dist.destroy_process_group)
+    atexit.register(time.sleep, 0.5)
+    if torch.cuda.is_available():
+        local = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    rank = dist.get_rank()
+    if rank > 0:  # only the first process prints and writes
+        sys.stdout = open(os.devnull, "w")
+        run.writes = False
+    return rank, dist.get_world_size()
+
+
+def add_up(x):
+    """The sum of a tensor over all processes, in place. x: any shape -> the same tensor"""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def best_device():
+    """cuda, mps or another accelerator of this machine, else cpu. -> str"""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
 
 if __name__ == "__main__":
-    main()
+    start(main)
