@@ -86,11 +86,11 @@ def training_windows(offsets, T):
 
     offsets: (U+1,) -> start, length: (W,) both, 1 <= length <= T
     """
-    # Of a user's n events the last two are held out and the first one has nothing before it.
-    targets = (offsets.diff() - 3).clamp(min=0)                     # (U,)
+    # The last two events are held out, and the first one has nothing before it.
+    targets = offsets.diff() - 3                                    # (U,) at least 0
 
-    # Histories longer than T are cut every T events. A phase, drawn each epoch, moves the cuts,
-    # so that no event is always the first of its window, where it sees nothing of what came before.
+    # Longer histories are cut every T events. A phase, drawn each epoch, moves the cuts: else
+    # the same events would stand first in their window each time, and see little before them.
     # Twelve events, so nine targets (1 to 9), with T = 4 and phase 1:
     #   events   0 1 2 3 4 5 6 7 8 9 v t
     #   read     0 1 2|3 4 5 6|7 8            three windows
@@ -98,8 +98,12 @@ def training_windows(offsets, T):
     phase = torch.randint(T, targets.shape) * (targets > T)         # (U,)
     windows = (targets + phase + T - 1) // T                        # (U,) how many, rounded up
 
-    # Number the windows of each user 0, 1, 2, ..: the place among all windows, minus the place
-    # where the windows of this user begin.
+    # Number the windows of each user from 0: a window's place among all of them, minus the place
+    # where those of its user begin. Two users with one and three windows:
+    #   place   0 1 2 3
+    #   user    0 1 1 1
+    #   first   0 1 1 1
+    #   number  0 0 1 2
     user = torch.arange(len(windows)).repeat_interleave(windows)    # (W,)
     first = windows.cumsum(0) - windows                             # (U,)
     number = torch.arange(len(user)) - first[user]                  # (W,)
@@ -109,20 +113,20 @@ def training_windows(offsets, T):
     return offsets[user] + begin, end - begin
 
 
-def equal_length_batches(lengths, events):
+def equal_length_batches(lengths, batch_events):
     """Batches of windows of one length each, in random order: nothing is padded.
 
-    lengths: (W,), events: how many a batch holds, about -> list of index tensors (B,)
+    lengths: (W,), batch_events: events in a batch, at the most -> list of index tensors (B,)
     """
     # Shuffle, then sort by length; a stable sort leaves windows of one length in random order.
     order = torch.randperm(len(lengths))                            # (W,)
     order = order[lengths[order].argsort(stable=True)]              # (W,)
 
     batches = []
-    _, size = lengths[order].unique_consecutive(return_counts=True)  # (lengths,)
+    _, size = lengths[order].unique_consecutive(return_counts=True)  # (groups,)
     for group in order.split(size.tolist()):
         length = int(lengths[group[0]])
-        batches += group.split(max(1, events // length))            # (B,) each
+        batches += group.split(max(1, batch_events // length))            # (B,) each
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
@@ -265,7 +269,7 @@ class RelativeBias(nn.Module):
     def forward(self, T, first=0):
         """The biases where the places first .. T-1 ask, Q of them, and all T answer.
 
-        -> (H, Q * query slots, T * key slots)
+        In beam search only the last place asks. -> (H, Q * query slots, T * key slots)
         """
         place = torch.arange(T, device=self.item.device)            # (T,) t
         asking = place[first:].unsqueeze(1)                         # (Q, 1) s
@@ -283,8 +287,8 @@ class RelativeBias(nn.Module):
 class Attention(nn.Module):
     """softmax(q k^T + bias) v in each of H heads: n tokens ask, m tokens answer.
 
-    By hand, where 02 calls torch's fused function: the biases are learnt, and in beam search keys
-    and values of earlier codes are kept. (03 has it by hand with the names of a public model.)
+    By hand, where 02 calls torch's fused function: a learnt bias is added to the scores, and beam
+    search keeps the keys and values of earlier codes. (03: by hand, with a public model's names.)
     """
 
     def __init__(self, E, H, head):
@@ -406,7 +410,7 @@ def centroid_embeddings(codebooks, E):
     most, so the first E of these coordinates keep most of what tells the centroids apart.
     codebooks: (3, K, d) -> (3 * K, E), code k of level l in row l * K + k
     """
-    centroids = codebooks.flatten(0, 1)                             # (3K, d)
+    centroids = codebooks.flatten(0, 1).float()                     # (3K, d)
     # centroids = left diag(singular) directions, so left diag(singular) are the coordinates.
     left, singular, _ = torch.linalg.svd(centroids, full_matrices=False)
     coordinates = left * singular                                   # (3K, directions)
@@ -431,8 +435,9 @@ class Generator(nn.Module):
     """The encoder-decoder.
 
     sources: what the file of each modality holds, by its name: codes (N+1, L), known (N+1,),
-    codebooks (3, K, d); modalities: the names of the D that a history shows; target: the name of
-    the one that is written; size: its width, heads, head, inner, layers, dropout count.
+    codebooks (3, K, d), with a K of its own; modalities: the names of the D that a history shows;
+    target: the name of the one that is written, which may be another one;
+    size: its width, heads, head, inner, layers, dropout count.
     """
 
     def __init__(self, sources, modalities, target, size):
@@ -454,7 +459,8 @@ class Generator(nn.Module):
         self.dropout = nn.Dropout(size.dropout)
         self.encoder_bias = RelativeBias(H, D * L, D * L)
         self.cross_bias = RelativeBias(H, L, D * L)
-        # A third table, ours in place of T5's: for a code that asks for earlier codes of its item.
+        # A third table, between the levels of the item that is written. T5 has its distances there
+        # as well; with L codes a table of all pairs is as small (ours).
         self.self_bias = nn.Parameter(torch.zeros(H, L, L))
         self.encoder = nn.ModuleList(EncoderLayer(size) for _ in range(size.layers))
         self.decoder = nn.ModuleList(DecoderLayer(size) for _ in range(size.layers))
@@ -536,10 +542,11 @@ class Generator(nn.Module):
 
         history, target: items, (B, T) both -> scores (B, T, L, K)
         """
-        # Code l is predicted from the codes before it, code 1 from the start token.
+        # Code l is written after the codes before it, the first one after the start token.
         before = self.written[target, :-1]                          # (B, T, L-1)
         before = F.pad(before, (1, 0), value=self.start_token)      # (B, T, L)
         L = before.shape[2]
+        # No code sees a later one: above the diagonal the bias is -inf.
         later = torch.full((L, L), -torch.inf, device=before.device).triu(1)  # (L, L)
         bias = self.self_bias + later                               # (H, L, L)
         cross_bias = self.cross_bias(history.shape[1])              # (H, T * L, T * M)
@@ -547,9 +554,10 @@ class Generator(nn.Module):
         memory = self.memory(self.encode(history, masking))
         none = [None] * len(self.decoder)  # no cache: all codes are there at once
         x = self.decode(before, bias, memory, cross_bias, none)     # (B, T, L, E)
+        by_level = x.movedim(2, 0)                                  # (L, B, T, E)
         logits = []
-        for l, of_level in enumerate(x.movedim(2, 0)):
-            logits.append(self.scores(of_level, l))                 # (B, T, K)
+        for l in range(L):
+            logits.append(self.scores(by_level[l], l))              # (B, T, K)
         return torch.stack(logits, 2)                               # (B, T, L, K)
 
 
@@ -687,7 +695,8 @@ def options(argv):
     add("--modalities", default="image,text,collab", help="whose codes a history shows")
     add("--target", default="collab", help="the modality whose code is written")
     add("--unconstrained", action="store_true", help="train with the softmax over all K codes")
-    add("--history", help="only print what --name recommends after these titles or ids, ...")
+    add("--history", help="only print what --name recommends after some titles, parts of titles or "
+        "[ids], with ; between them (or commas, where no title has one)")
     add("--masking", type=float, default=0.2, help="share of history items with a modality hidden")
     add("--length", type=int, default=20, help="T: items of history that the model sees")
     add("--width", type=int, default=64, help="E: width of the model")
@@ -722,8 +731,6 @@ def check(args):
     for name in sizes:
         if getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: it starts at 1.")
-    if args.target not in args.modalities.split(","):
-        fail(f"--target is one of --modalities, which are {args.modalities}.")
     if not 0 <= args.masking <= 1:
         fail(f"--masking {args.masking}: from 0 to 1.")
     if not 0 <= args.dropout < 1:
@@ -755,23 +762,50 @@ def main(argv=None):
     model.load_state_dict(state["best"])
     write_recommendations(model, trie, state, run, data, args)
     if run.writes:
-        checkpoint_of(run, args).unlink(missing_ok=True)
+        (run.folder / f"generator-{args.name}.checkpoint").unlink(missing_ok=True)
 
 
 def read_codes(run, data, args):
-    """What the files of the modalities hold, by name. -> dict of dicts"""
-    sources = {}
-    for name in args.modalities.split(","):
-        sources[name] = run.load(f"{name}_codes.pt", f"the script of {name} codes")
+    """What the files of the modalities hold, by name; codes may come from anywhere. -> dict"""
+    makers = {"image": "03_dino_quantizer.py", "text": "04_text_codes.py", "collab": "02_sasrec.py"}
+    names = args.modalities.split(",")
+    if args.target not in names:
+        names.append(args.target)  # written, but not shown
 
     N = len(data["item_ids"]) - 1
-    L = sources[args.target]["codes"].shape[1]
-    K = sources[args.target]["codebooks"].shape[1]
-    for source in sources.values():
-        if source["codes"].shape != (N + 1, L) or source["codebooks"].shape[1] != K:
-            fail(f"codes of {args.modalities} are not of the {N} items of data.pt: "
-                 "make them again.")
+    sources = {}
+    for name in names:
+        maker = makers.get(name, f"the script of {name} codes")
+        sources[name] = run.load(f"{name}_codes.pt", maker)
+        wrong = what_is_wrong(sources[name], N)
+        if wrong:
+            fail(f"{run.folder / name}_codes.pt does not hold the codes of {N} items: {wrong}.")
+
+    levels = {name: source["codes"].shape[1] for name, source in sources.items()}
+    if len(set(levels.values())) > 1:
+        fail(f"Every modality needs as many codes an item as the others; these have {levels}.")
     return sources
+
+
+def what_is_wrong(source, N):
+    """What keeps a file from being the codes of N items. -> in words, "" if nothing does"""
+    for key in ("codes", "known", "codebooks"):
+        if not torch.is_tensor(source.get(key)):
+            return f"it has no tensor '{key}'"
+    codes = source["codes"]                                         # (N+1, L)
+    codebooks = source["codebooks"]                                 # (3, K, d)
+    if codes.dim() != 2 or len(codes) != N + 1 or codes.is_floating_point():
+        return f"'codes' is {codes.dtype} {tuple(codes.shape)}, not int16 ({N + 1}, L)"
+    if source["known"].shape != (N + 1,) or source["known"].dtype != torch.bool:
+        return f"'known' is not bool ({N + 1},)"
+    if codebooks.dim() != 3 or len(codebooks) > codes.shape[1] or not codebooks.isfinite().all():
+        return "'codebooks' is not (levels, K, d), of numbers, with at most L levels"
+    K = codebooks.shape[1]
+    least = codes[1:].min().item()
+    most = codes[1:].max().item()
+    if least < 0 or most >= K:
+        return f"there are codes from {least} to {most}, and codebooks for 0 to {K - 1}"
+    return ""
 
 
 def build(sources, args):
@@ -788,10 +822,6 @@ def parameters(model):
     return sum(weight.numel() for weight in model.parameters())
 
 
-def checkpoint_of(run, args):
-    return run.folder / f"generator-{args.name}.checkpoint"
-
-
 def train(model, trie, run, data, args):
     """All epochs; the best one is chosen on validation. -> state
 
@@ -801,13 +831,13 @@ def train(model, trie, run, data, args):
     U = len(data["user_ids"])
     print(f"{args.name}: {parameters(model):,} parameters; "
           f"a uniform guess has loss {math.log(N):.3f}")
-    users = torch.randperm(U)[:VALIDATION_USERS]                    # (n,)
+    validation_users = torch.randperm(U)[:VALIDATION_USERS]         # (n,)
     replica = model
     if args.world > 1:
         # The buffers are tables of codes, which every process has read: none need be sent.
         replica = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
-    checkpoint = checkpoint_of(run, args).name
+    checkpoint = f"generator-{args.name}.checkpoint"
     state = resume(run, checkpoint, args, model=model, optimizer=optimizer)
     began = time.time() - state["seconds"]
     every = min(10, max(1, args.epochs // 8))  # epochs that share a printed line
@@ -816,8 +846,8 @@ def train(model, trie, run, data, args):
         losses = train_epoch(replica, trie, optimizer, state, epoch, data, args)  # (L,)
         if args.max_steps:
             return state
-        ndcg = validate(model, trie, data, users, args)
-        if ndcg >= max(state["ndcg"], default=0):  # [6]
+        ndcg = validate(model, trie, data, validation_users, args)
+        if ndcg > max(state["ndcg"], default=-1):  # chosen on validation, never on test  [6]
             weights = model.state_dict().items()
             state["best"] = {name: weight.cpu().clone() for name, weight in weights}
         state["losses"].append(losses)
@@ -849,6 +879,9 @@ def train_epoch(model, trie, optimizer, state, epoch, data, args):
     todo = batches
     if args.max_steps:
         todo = batches[:args.max_steps]
+    if args.rank > 0:  # but dropout and hidden modalities of its own in each
+        own_seed = torch.randint(2 ** 31, (args.rank,))[-1]         # ()
+        torch.manual_seed(own_seed.item())
 
     model.train()
     total = torch.zeros(trie.L, device=args.device)                 # (L,)
@@ -876,7 +909,7 @@ def train_epoch(model, trie, optimizer, state, epoch, data, args):
     if args.max_steps:
         hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
         print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
-    return add_up(total).cpu() / max(1, targets)                    # (L,)
+    return add_up(total).cpu() / max(1, targets)  # a very small shop may have no target
 
 
 def learning_rate(done, peak):
@@ -940,7 +973,7 @@ def write_recommendations(model, trie, state, run, data, args):
     peak = peak_memory(args.device)
     valid, _ = recommend(model, trie, data, "valid", everyone, args)  # (U, beam)
 
-    # What is needed to recommend: weights, tree, and the codes of all items in int16.
+    # What is needed to recommend: weights, tree, and the codes that histories show, in int16.
     tensors = [*model.parameters(), *trie.edges, *trie.allowed, trie.leaf_item]
     codes = 2 * model.shown[1:].numel()
     run.save({
@@ -972,7 +1005,7 @@ def show_recommendations(run, args):
     model.eval()
 
     names = [f"{title} [{key}]" for title, key in zip(data["titles"], data["item_ids"])]
-    history = find_items(args.history, names)[-trained.length:]
+    history = find_items(args.history, data)[-trained.length:]
     batch = torch.tensor([history], device=args.device)             # (1, T)
     items, scores = beam_search(model, trie, batch, trained.beam)   # (1, beam) both
 
@@ -991,18 +1024,49 @@ def show_recommendations(run, args):
         page.save(file, "PNG")
 
 
-def find_items(wanted, names):
+def find_items(wanted, data):
     """The items that --history means. -> list of item numbers"""
-    separator = ";" if ";" in wanted else ","
-    found = []
-    for part in wanted.split(separator):
-        some = [i for i, name in enumerate(names) if part.strip().lower() in name.lower()]
-        if len(some) != 1:
-            listed = "".join(f"\n  {names[i]}" for i in some[:10])
-            fail(f"--history: {len(some)} titles have '{part}': give more of it, or an [id]."
-                 f"{listed}")
-        found += some
-    return found
+    # A title may hold the separator: then it is the whole of --history.
+    if meant_by(wanted, data):
+        parts = [wanted]
+    elif ";" in wanted:
+        parts = wanted.split(";")
+    else:
+        parts = wanted.split(",")
+
+    history = []
+    for part in parts:
+        if not part.strip():  # behind a last ;
+            continue
+        found = meant_by(part, data)
+        if len(found) != 1:
+            some = [f"\n  {data['titles'][i]} [{data['item_ids'][i]}]" for i in found[:10]]
+            fail(f"--history: {len(found)} titles have '{part.strip()}': give more of it, or an "
+                 f"[id].{''.join(some)}")
+        history += found
+    if not history:
+        fail("--history names no title: give titles, parts of titles or [ids], with ; between.")
+    return history
+
+
+def meant_by(part, data):
+    """The items with this id; if there is none, with this title; else with this in their title.
+
+    -> list of item numbers
+    """
+    part = part.strip().lower()
+    if not part:
+        return []
+    items = range(1, len(data["item_ids"]))  # 0 is padding
+    ids = [key.lower() for key in data["item_ids"]]
+    titles = [title.lower() for title in data["titles"]]
+    same_id = [i for i in items if part in (ids[i], f"[{ids[i]}]")]
+    if same_id:
+        return same_id
+    same_title = [i for i in items if part == titles[i]]
+    if same_title:
+        return same_title
+    return [i for i in items if part in f"{titles[i]} [{ids[i]}]"]
 
 
 def draw_history(history, new, images, names):
@@ -1031,7 +1095,7 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
@@ -1136,7 +1200,8 @@ def join(run):
     if not dist.is_torchelastic_launched():
         return 0, 1
     dist.init_process_group()
-    # At the end, in this order: wait, as gloo's threads still hand tensors back; then leave.
+    # At the end Python calls these from the last to the first: wait, as gloo's threads still hand
+    # tensors back, then leave.
     atexit.register(dist.destroy_process_group)
     atexit.register(time.sleep, 0.5)
     if torch.cuda.is_available():
