@@ -22,7 +22,7 @@ reads   data.pt, *_codes.pt; for pictures images.pt, sasrec.pt, generator-*.pt
           seconds       dict               train; predict: for the test events of U users
           parameters    int                trained numbers
           bytes         int                of parameters, codes and prefix tree
-          peak_memory   int                bytes, largest resident set
+          peak_memory   int                bytes, at the most; of the GPU where one computes
           options       dict               the options of that run
 writes  results.md
         results.pt
@@ -131,8 +131,9 @@ def gains(rank):
 #   (half the interval)^2 = 1.96^2 users' part + t^2 seeds' part
 #
 # gives an interval that holds the truth in 95 of 100 repetitions or more, however large either part
-# is (Banerjee, Sankhya 22, 1960; a test counts). A single seed says nothing of others: the interval
-# is for other users only.
+# is (Banerjee, Sankhya 22, 1960; a test counts). Seeds that agree by luck make no users sure: it
+# is never narrower than for other users only, whose variance is (var(user) + var(rest) / n) / U. Of
+# one seed nothing more can be known.
 
 
 def student(degrees):
@@ -155,20 +156,22 @@ def half_interval(*models):
     """
     U = models[0].shape[1]
     by_user = sum(x.mean(0) for x in models)                        # (U, metrics)
-    users_part = by_user.var(0, correction=0) / U                   # (metrics,)
-    squared = torch.zeros_like(users_part)                          # (metrics,)
+    users_only = by_user.var(0, correction=0) / U                   # (metrics,)
+
+    users_part = users_only.clone()                                 # (metrics,)
+    squared = torch.zeros_like(users_only)                          # (metrics,)
     for x in models:
         n = len(x)
         if n > 1:
-            # Of one user the gains vary from seed to seed by both, var(seed) + var(rest).
-            both = x.var(0).mean(0)                                 # (metrics,)
             by_seed = x.mean(1)                                     # (n, metrics)
             seeds_part = by_seed.var(0) / n                         # (metrics,)
-            rest = both - by_seed.var(0)                            # (metrics,) var(rest)
-            users_part = users_part - rest / (n * U)                # (metrics,)
             squared += student(n - 1) ** 2 * seeds_part             # (metrics,)
-    squared += 1.96 ** 2 * users_part.clamp(min=0)                  # (metrics,)
-    return squared.sqrt()
+
+            # The gains of one user vary from seed to seed by var(seed) + var(rest).
+            rest = x.var(0).mean(0) - by_seed.var(0)                # (metrics,)
+            users_part -= rest / (n * U)                            # (metrics,)
+    squared += 1.96 ** 2 * users_part                               # (metrics,)
+    return torch.maximum(squared, 1.96 ** 2 * users_only).sqrt()
 
 
 def interval_of_difference(ours, theirs, same_seeds):
@@ -292,7 +295,7 @@ def meaning(codes, category):
         information = apart - entropy(both)
         told["nmi"].append(2 * information / max(apart, 1e-9))
 
-        # count(x, y), how often a prefix and a category meet; then the largest of each prefix.
+        # count(x, y): how often a prefix x and a category y meet. Then the largest of each x.
         pairs, count = both.unique(dim=0, return_counts=True)       # (pairs, l + 1), (pairs,)
         prefixes, prefix = pairs[:, :l].unique(dim=0, return_inverse=True)  # .., (pairs,)
         commonest = torch.zeros(len(prefixes), dtype=torch.long)    # (prefixes,)
@@ -497,7 +500,8 @@ def labels_of_items(data):
 
     -> dict: name -> int64 (N+1,), a number for each different label, -1: none
     """
-    # A category: the first of an item's own that fewer than half of the items have.
+    # A category: the first of an item's own that fewer than half of the items have, as one that
+    # all have ("Beauty" in a shop of cosmetics) would say nothing.
     N = len(data["item_ids"]) - 1
     frequent = Counter()
     for names in data["categories"]:
@@ -507,7 +511,7 @@ def labels_of_items(data):
         rare = [name for name in names if 2 * frequent[name] < N]
         categories.append(rare[0] if rare else "")
 
-    # Numbers in the order in which labels first occur.
+    # Labels are numbered as they first occur; an empty one is -1.
     truth = data.get("meta", {}).get("truth", {})
     labels = {}
     for name, values in {"category": categories, **truth}.items():
@@ -717,7 +721,7 @@ class Axes:
     """
 
     def __init__(self, panel, left, top, wide, keys):
-        # From top to bottom: title, legend, the chart, labels and unit of x.
+        # From top to bottom: title, legend, the chart, labels and unit of x. All in pixels.
         self.wide = wide
         self.left = left + 120
         self.right = left + wide - 40
@@ -737,7 +741,7 @@ class Axes:
         if panel.kind == "bars" or self.low <= self.high / 2:
             self.low = 0
 
-        # Bars and groups stand in the middle of their label's room.
+        # Labels stand at 0, 1, .., each in the middle of its room.
         if panel.labels:
             self.first = -0.5
             self.last = len(panel.labels) - 0.5
@@ -779,7 +783,7 @@ def chart(run, name, columns, panels):
 def draw_axes(draw, panel, axes):
     """A grid line for each round number of y, marks of x, the title and the unit.
 
-    The last argument of text() says which point of the text lies there: "rm" right and middle.
+    Two letters say which point of a text is meant: "rm" is the middle of its right side.
     """
     for y in ticks(axes.low, axes.high):
         draw.line((axes.place(axes.first, y), axes.place(axes.last, y)), "#d0d0d0", 2)
@@ -828,7 +832,8 @@ def draw_mark(draw, panel, series, x, y):
 
 
 def look(style):
-    """After eight series the inks come again, with other marks. -> ink, corners, turn"""
+    """The ink and the mark of a series. -> ink, corners, turn"""
+    # After eight series the inks come again, each with the mark of the next one.
     again = style // len(STYLES)
     ink, _, _ = STYLES[style % len(STYLES)]
     _, corners, turn = STYLES[(style + again) % len(STYLES)]
@@ -949,7 +954,8 @@ def draw_curves(run, rows, curves, data):
         style = styles.get(name, len(styles))
         epochs = range(1, len(saved["ndcg"]) + 1)
         minutes = [saved["seconds"] / 60 * epoch / len(epochs) for epoch in epochs]
-        # Of SASRec one loss an epoch, of a generator one for each of its L codes.
+        # Of SASRec one loss an epoch, of a generator one for each of its L codes, whose sum is the
+        # loss of an item: only those can be compared.
         by_level = saved["losses"].view(len(epochs), -1)            # (epochs, L)
         losses.append(Series(style, name, finite(minutes, by_level.sum(1))))
         ndcg.append(Series(style, name, finite(minutes, saved["ndcg"])))
@@ -1156,7 +1162,7 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place

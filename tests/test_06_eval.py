@@ -99,6 +99,7 @@ def test_mean_and_deviation_over_seeds(tmp_path):
     row = saved["rows"]["sasrec"]
     assert row["seeds"] == [0, 1, 2] and row["mean"] == [0.5] * 5 and row["train"] == 61
     assert row["std"] == pytest.approx([0.5] * 5)
+    assert row["deciles"][:4] == pytest.approx([2 / 3, 2 / 3, 1 / 3, 1 / 3])  # a user each
     assert cells(table, "sasrec")[0][1:3] == ["3", "0.5000 ± 0.5000"]
 
 
@@ -228,7 +229,7 @@ def write_seeds(run, targets, name, found, files=None):
 
 def test_seeds_of_two_models_are_paired_and_users_too(tmp_path):
     """Seed by seed one model finds the items of 10 more users of 100, while seeds differ by 60: paired, all
-    that is unsure is which users came."""
+    that is unsure is which users came. A gain of 1/3 for 30 users of 100 has the variance .0233."""
     targets = torch.arange(100).remainder(N).add(1).tolist()
     run = write_run(tmp_path / "run", targets)
     write_seeds(run, targets, "sasrec", [10, 40, 70])
@@ -237,7 +238,32 @@ def test_seeds_of_two_models_are_paired_and_users_too(tmp_path):
     assert row["seeds"] == [0, 1, 2]  # whatever the order of the files
     low, high = (part[2] for part in row["interval"])
     assert (low + high) / 2 == pytest.approx(0.1)
-    assert 0 < low and high < 0.2
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt((0.3 / 9 - 0.1 ** 2) / 100))
+
+
+def test_other_seeds_are_not_paired_and_users_still_are(tmp_path):
+    """The same two models, as if one had been trained with seeds 3, 4, 5: six seeds that differ by 30."""
+    targets = torch.arange(100).remainder(N).add(1).tolist()
+    run = write_run(tmp_path / "run", targets)
+    write_seeds(run, targets, "sasrec", [10, 40, 70])
+    write_seeds(run, targets, "other", [20, 50, 80])
+    for seed in range(3):
+        path = run / f"predictions-other-s{seed}.pt"
+        saved = torch.load(path, weights_only=True)
+        torch.save(saved | {"seed": 3 + seed}, path)
+    low, high = (part[2] for part in results(run)[0]["rows"]["other"]["interval"])
+    assert (low + high) / 2 == pytest.approx(0.1)
+    seeds_part = 2 * 0.3 ** 2 / 3
+    assert (high - low) / 2 == pytest.approx(4.3027 * math.sqrt(seeds_part), rel=0.01)
+
+
+def test_users_that_are_easy_for_both_models_leave_the_difference_sure():
+    """One seed each: 50 of 100 users are found by both, 10 more by one. Not paired, the variance would be twofold."""
+    ours, theirs = torch.zeros(1, 100, 5, dtype=torch.double), torch.zeros(1, 100, 5, dtype=torch.double)
+    ours[:, :60] = 1
+    theirs[:, :50] = 1
+    low, high = evaluation.interval_of_difference(ours, theirs, False)
+    assert ((high - low) / 2).tolist() == pytest.approx([1.96 * math.sqrt(0.1 * 0.9 / 100)] * 5)
 
 
 def test_bars_know_that_other_seeds_would_be_better_or_worse(tmp_path):
@@ -392,6 +418,69 @@ def test_shown_items_against_hand_counts(scripts):
     assert [x for x in shown["deciles"] if x == x] == [0.0, 1.0]  # the rarer target was missed
 
 
+def test_ten_groups_of_users_by_how_rare_their_item_is():
+    """Twenty users in any order; who looks for one of the ten rarest has it in place 10, all others in place 11."""
+    target = torch.randperm(20, generator=torch.Generator().manual_seed(0)) + 1
+    rank = torch.where(target <= 10, 10.0, 11.0)
+    shown = evaluation.shown_items(torch.tensor([[1]]), rank, target, torch.arange(21))
+    assert shown["deciles"] == [1.0] * 5 + [0.0] * 5
+
+
+def test_the_tenth_of_twenty_items_is_two_items():
+    top = torch.tensor([[20, 19, 18], [20, 17, 0]])  # 20 and 19 sell best: three of five places
+    shown = evaluation.shown_items(top, torch.ones(2), torch.tensor([1, 2]), torch.arange(21))
+    assert shown["top_tenth"] == pytest.approx(3 / 5)
+
+
+def test_use_of_codes_against_hand_counts():
+    """Prefixes of one code: three items, two items, one item. Of two codes: two, one, two, one."""
+    codes = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 1, 0], [1, 1, 1], [2, 0, 0]])
+    stats = evaluation.use(codes, 4)
+    assert stats["used"] == [3 / 4, 2 / 4, 2 / 4]
+    assert stats["unique"] == [1 / 6, 2 / 6]
+    assert stats["largest"] == [3, 2]
+    entropy = math.log(6) - (3 * math.log(3) + 2 * math.log(2)) / 6
+    assert stats["perplexity"] == pytest.approx([math.exp(entropy), 2, math.exp(entropy_of(2 / 6))])
+
+
+def entropy_of(share):
+    return -share * math.log(share) - (1 - share) * math.log(1 - share)
+
+
+def test_nmi_and_purity_against_hand_counts():
+    """In units of log 2: categories have entropy 1.5, the first code 1, both together 1.5; the first two codes 2."""
+    codes = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]])
+    told = evaluation.meaning(codes, torch.tensor([7, 7, 8, 9]))
+    assert told["nmi"] == pytest.approx([2 * 1 / 2.5, 2 * 1.5 / 3.5])
+    assert told["purity"] == [3 / 4, 1.0]
+
+
+def test_meaning_is_that_of_known_items_with_a_label_beside_shuffled_codes():
+    """Codes are the colour wherever the item is known and has one, and noise elsewhere."""
+    rng = torch.Generator().manual_seed(0)
+    colour = torch.randint(4, (201,), generator=rng)
+    codes = torch.stack([colour, torch.zeros(201).long()], 1)
+    known = torch.arange(201) % 3 > 0
+    codes[~known, 0] = 5
+    label = colour.clone()
+    label[1::3] = -1
+    tree = {"codes": codes.short(), "known": known, "codebooks": torch.zeros(1, 8, 2)}
+    stats = evaluation.describe_codes({"image": tree}, {"colour": label}, rng)["image"]
+    assert stats["used"][0] == 4 / 8
+    assert stats["colour"] == {"nmi": [pytest.approx(1)], "purity": [1.0]}
+    assert stats["colour, shuffled"]["nmi"][0] < 0.3 and stats["colour, shuffled"]["purity"][0] < 0.6
+
+
+def test_a_category_is_the_first_that_fewer_than_half_of_the_items_have():
+    categories = [[], ["all", "red", "round"], ["all", "blue"], ["all", "red"], ["all"], []]
+    data = {"item_ids": [""] * 6, "categories": categories, "meta": {"truth": {"size": [-1, 3, 3, 0, 3, 1]}}}
+    labels = evaluation.labels_of_items(data)
+    assert labels.keys() == {"category", "size"}
+    assert labels["category"].tolist() == [-1, 0, 1, 0, -1, -1]
+    size = labels["size"].tolist()
+    assert size[1] == size[2] == size[4] and len(set(size)) == 4 and min(size) >= 0
+
+
 def test_meaning_of_codes(scripts):
     """Codes that are the category say all of it at level 1; shuffled codes say little."""
     generator = torch.Generator().manual_seed(0)
@@ -437,6 +526,86 @@ def test_letters_and_ticks():
     assert evaluation.cut("one two three four five six", 40, 11, 2).count("\n") == 1
     assert evaluation.ticks(0, 0.43) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert evaluation.ticks(4.7, 7.3) == pytest.approx([5, 5.5, 6, 6.5, 7])
+
+
+def drawn_by(monkeypatch, draw, *arguments):
+    """The panels that a function would have drawn."""
+    panels = []
+    monkeypatch.setattr(evaluation, "chart", lambda run, name, columns, some: panels.extend(some))
+    draw(None, *arguments)
+    return panels
+
+
+def points(series):
+    return [(round(x, 6), round(y, 6)) for x, y, low, high in series.points]
+
+
+MEANS = {"weak": {"mean": [0, 0, 0.1], "deciles": [0.0] * 9 + [math.nan]},
+         "strong": {"mean": [0, 0, 0.2], "deciles": [0.5] * 10}}
+
+
+def test_curves_are_over_minutes_with_the_sum_of_the_codes_losses(monkeypatch):
+    saved = {"ndcg": torch.tensor([0.25, math.nan]), "losses": torch.tensor([[2.0, 1.0], [1.5, 0.5]]), "seconds": 240.0}
+    data = {"item_ids": [""] * 101}
+    panels = drawn_by(monkeypatch, evaluation.draw_curves, MEANS, {"strong": saved, "mscgrec": saved}, data)
+    loss, ndcg, levels = panels
+    assert loss.title == "loss, nats (uniform: 4.61)" and loss.unit == ndcg.unit == "minutes of training"
+    assert [(one.name, one.style) for one in loss.series] == [("strong", 0), ("mscgrec", 2)]
+    assert points(loss.series[0]) == [(2, 3), (4, 2)] and points(ndcg.series[0]) == [(2, 0.25)]
+    assert levels.title == "mscgrec: loss of each code, nats"
+    assert [points(one) for one in levels.series] == [[(1, 2), (2, 1.5)], [(1, 1), (2, 0.5)]]
+
+
+def test_rarity_is_drawn_rare_first_and_the_best_model_first(monkeypatch):
+    data = {"train_counts": torch.arange(21), "events": torch.arange(20, 0, -1), "offsets": torch.arange(21)}
+    panel, = drawn_by(monkeypatch, evaluation.draw_rarity, MEANS, data)
+    assert panel.labels == ["1-2", "3-4", "5-6", "7-8", "9-10", "11-12", "13-14", "15-16", "17-18", "19-20"]
+    assert [one.name for one in panel.series] == ["strong", "weak"]
+    assert points(panel.series[0]) == [(x, 0.5) for x in range(10)] and len(points(panel.series[1])) == 9
+
+
+def test_use_of_codes_is_drawn_in_per_cent_and_levels(monkeypatch):
+    stats = {"used": [0.5, 1.0], "perplexity": [3.0, 7.0]}
+    used, perplexity = drawn_by(monkeypatch, evaluation.draw_codes, {"image": stats})
+    assert points(used.series[0]) == [(0, 50), (1, 100)] and points(perplexity.series[0]) == [(0, 3), (1, 7)]
+    assert used.labels == ["1", "2: collisions"]
+    other = {"used": [0.5, 1.0, 0.1], "perplexity": [3.0, 7.0, 1.0]}
+    used, _ = drawn_by(monkeypatch, evaluation.draw_codes, {"image": stats, "text": other})
+    assert used.labels == ["1", "2", "3"]
+
+
+def test_bars_are_as_high_as_their_numbers_and_stand_at_their_names(tmp_path):
+    """Left: at "a" bars of .5, with an interval from .25 to 1, and of 1; at "b" 1 and .5. Right: a line from 0 to 1."""
+    bars = [evaluation.Series(0, "first", [(0, 0.5, 0.25, 1.0), (1, 1.0, 1.0, 1.0)]),
+            evaluation.Series(1, "second", [(0, 1.0, 1.0, 1.0), (1, 0.5, 0.5, 0.5)])]
+    line = [evaluation.Series(2, "third", [(0, 0.0, 0.0, 0.0), (4, 1.0, 1.0, 1.0)])]
+    panels = [evaluation.Panel("bars", "y", "x", ["a", "b"], bars), evaluation.Panel("lines", "y", "x", None, line)]
+    evaluation.chart(evaluation.Run(tmp_path), "x.png", 2, panels)
+    white, black, blue, orange, sky = (255,) * 3, (0,) * 3, (31, 59, 92), (213, 94, 0), (125, 184, 232)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (evaluation.WIDTH, evaluation.HEIGHT)
+        # y from 225 (0) to 68 (1); .5 is at 147. Bars of "a" begin at x = 79, 153 and end at 226; "b" is 185 right.
+        for x, y, colour in ((100, 120, white), (100, 170, blue), (200, 120, orange), (200, 170, orange),
+                             (285, 120, blue), (285, 170, blue), (385, 120, white), (385, 170, orange),
+                             (115, 110, black), (115, 180, black), (115, 200, blue)):
+            assert picture.getpixel((x, y)) == colour, (x, y)
+        places = [(x, y) for x in range(500, 900) for y in range(60, 240) if picture.getpixel((x, y)) == sky]
+    first, last = min(places), max(places)
+    assert abs(first[0] - 510) < 10 and abs(first[1] - 225) < 10
+    assert abs(last[0] - 880) < 10 and abs(last[1] - 68) < 10
+
+
+def test_a_picture_is_shown_where_the_item_has_one(tmp_path):
+    run = write_run(tmp_path / "run", [4, 8])
+    data = torch.load(run / "data.pt", weights_only=True)
+    data["has_image"][39] = True
+    torch.save(data, run / "data.pt")
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    torch.save({"made_from": {}, "images": red.view(1, 3, 1, 1).expand(N + 1, 3, 8, 8).clone()}, run / "images.pt")
+    results(run)
+    with Image.open(run / "histories.png") as picture:
+        assert picture.getpixel((112 + 30, 38 + 30)) == (255, 0, 0)  # item 39, the first of the history
+        assert picture.getpixel((112 + 72 + 30, 38 + 30)) == (208, 208, 208)  # item 40
 
 
 def test_the_item_to_be_found_is_framed(tmp_path):
