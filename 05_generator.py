@@ -18,8 +18,8 @@ embeddings, and half of its dropout.
 letters  B users in a batch, T items of history, D modalities that a history shows,
          L codes of an item in one modality, K values of a code, M = D * L tokens of an item,
          N items, U users, W windows cut from histories, E width of the model, H heads,
-         Q places of a history that ask at once, d width of a vector that was cut into codes,
-         l level of a code, k code
+         Q places of a history that ask at once, d width of a vector that is cut into codes,
+         l level of a code, k code, S side of a picture
 reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
 writes  generator-mscgrec.pt
           weights      dict                 the best epoch's parameters, by name
@@ -859,7 +859,8 @@ def train(model, trie, run, data, args):
                   "options": vars(args)}, checkpoint)
 
     best = max(state["ndcg"])
-    print(f"the best epoch is {state['ndcg'].index(best)}: validation NDCG@10 {best:.4f}")
+    print(f"{len(state['ndcg'])} epochs, {state['seconds']:.0f} s; the best is epoch "
+          f"{state['ndcg'].index(best)}: validation NDCG@10 {best:.4f}")
     return state
 
 

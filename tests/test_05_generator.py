@@ -482,16 +482,19 @@ def test_two_runs_in_one_process_know_nothing_of_each_other(scripts, smoke, tmp_
     other = tmp_path / "other"
     assert run_script(1, "--run", other, "--smoke", "--seed", 1).returncode == 0
     data = load(other / "data.pt")
+    assert data["item_ids"][3] in load(run / "data.pt")["item_ids"]
     for name in ("image", "text", "collab"):
         codes = recut(torch.full((len(data["item_ids"]), L), -1, dtype=torch.int16), 16)
         torch.save({**source(codes, 16), "made_from": {}}, other / f"{name}_codes.pt")
     losses = []
     for folder in (run, other, run):
         scripts[5].main(["--run", str(folder), "--smoke"])
+        scripts[5].main(["--run", str(folder), "--history", data["item_ids"][3]])  # it has read the pictures too
         saved = load(folder / "generator-mscgrec.pt")
         losses.append(saved["losses"])
-        digest = hashlib.sha256((folder / "data.pt").read_bytes()).hexdigest()
-        assert saved["made_from"]["data.pt"] == digest
+        sources = ("data.pt", "image_codes.pt", "text_codes.pt", "collab_codes.pt")
+        digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sources}
+        assert saved["made_from"] == digests
     assert torch.equal(losses[0], losses[2])
 
 
