@@ -324,29 +324,59 @@ def from_endpoint(url, model, texts, batch):
 # --- Whitening -----------------------------------------------------------------------------------
 # A language model's vectors lie in a narrow cone: a few directions hold most of the variance and
 # say little of the item. k-means goes by distances, so all three levels would cut those directions
-# again and again, and unlike items would share codes. Whitening (principal component analysis,
-# then division) gives each direction the same say. With the singular value decomposition of the
-# centred vectors, x_i - mean = sum_j s_j left_ij right_j, the variance along right_j is
-# s_j^2 / (n - 1), so that coordinate j of item i becomes
+# again and again, and unlike items would share codes. Whitening gives each direction the same say.
+# The principal directions are the eigenvectors of the covariance:
 #
-#     (x_i - mean) . right_j * sqrt(n - 1) / s_j
+#     covariance = sum_i (x_i - mean) (x_i - mean)^T / (n - 1)
+#     covariance right_j = variance_j right_j,   variance_1 >= variance_2 >= ...
+#
+# Coordinate j of item i becomes (x_i - mean) . right_j / sqrt(variance_j), of variance 1.
+
+
+def mean_and_covariance(x):
+    """Of the rows of x, in double precision: (n, width) -> (width,), (width, width)
+
+    4,096 rows at a time, as a copy of x would take as much memory again. Double, as squares of
+    float32 would drown the small variances: they have half as many digits as are needed.
+    """
+    n, width = x.shape
+    mean = torch.zeros(width, dtype=torch.float64)                  # (width,)
+    for part in x.split(4096):
+        mean += part.double().sum(0) / n                            # (width,)
+
+    covariance = torch.zeros(width, width, dtype=torch.float64)     # (width, width)
+    for part in tqdm(x.split(4096), "whitening", leave=False, disable=None):
+        centred = part.double() - mean                              # (4096, width)
+        covariance += centred.T @ centred                           # (width, width)
+    return mean, covariance / max(n - 1, 1)  # of one item: 0
 
 
 def whiten(x):
     """Principal coordinates, each of variance 1, at most WHITENED of them. (n, width) -> (n, d)"""
-    x = x / x.abs().max().clamp(min=1e-38)  # (n, width): squares neither overflow nor vanish
-    centred = x - x.mean(0)                                         # (n, width)
-    _, singular, right = torch.linalg.svd(centred, full_matrices=False)
-    singular = singular[:WHITENED]                                  # (d,)
-    right = right[:WHITENED]                                        # (d, width)
+    n, width = x.shape
+    if n < width:
+        # n vectors need n coordinates at the most. With x^T = Q R, the rows of R^T are the same
+        # vectors along the columns of Q: all lengths and angles stay, the covariance is small.
+        x = torch.linalg.qr(x.T.double(), mode="r").R.T             # (n, n): width is n now
+
+    mean, covariance = mean_and_covariance(x)                       # (width,), (width, width)
+    variance, right = torch.linalg.eigh(covariance)                 # (width,), (width, width)
+    variance = variance.flip(0)[:WHITENED]                          # (d,), largest first
+    right = right.flip(1)[:, :WHITENED]                             # (width, d)
 
     # Directions of almost no variance are rounding errors: to blow them up would add noise.
-    least = max(1e-4 * singular[0], 1e-6 * x.norm())                # ()
-    keep = singular > least                                         # (d,)
+    square = covariance.trace() + mean.square().sum()               # (), mean of ||x_i||^2
+    least = max(1e-8 * variance[0], 1e-12 * square)                 # ()
+    keep = variance > least                                         # (d,)
     if not keep.any():  # one item, or all vectors equal
-        return torch.zeros(len(x), 1)
-    coordinates = centred @ right[keep].T                           # (n, d)
-    return coordinates * (len(x) - 1) ** 0.5 / singular[keep]       # (n, d)
+        return torch.zeros(n, 1)
+    right = right[:, keep] / variance[keep].sqrt()                  # (width, d)
+
+    parts = []
+    for part in x.split(4096):
+        coordinates = (part.double() - mean) @ right                # (4096, d)
+        parts.append(coordinates.float())
+    return torch.cat(parts)                                         # (n, d)
 
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
@@ -536,8 +566,8 @@ def main(argv=None):
     run = Run(args.run)
     data = run.load("data.pt", "01_data.py")
 
-    vectors, known = embed(data, args)                              # (n, d), (N+1,)
-    embeddings = standardise(vectors, known)                        # (N+1, d)
+    vectors, known = embed_items(data, args)                        # (n, d), (N+1,)
+    embeddings = standard_embeddings(vectors, known)                # (N+1, d)
 
     rng = torch.Generator().manual_seed(args.seed)
     K = codebook_size(len(known) - 1)
@@ -564,7 +594,7 @@ def item_text(title, categories, description):
     return ". ".join(part for part in parts if part)
 
 
-def embed(data, args):
+def embed_items(data, args):
     """Goes through the door that args names. -> vectors (n, d) of the known items, known (N+1,)"""
     fields = zip(data["titles"], data["categories"], data["texts"])
     texts = [item_text(*field) for field in fields]  # N+1 of them; that of item 0 is empty
@@ -592,8 +622,10 @@ def embed(data, args):
     if args.embed_url:
         x = from_endpoint(args.embed_url, args.embed_model, texts, args.embed_batch)
 
-    # One vector that holds NaN would make all of them NaN.
-    bad = items[~x.isfinite().all(1)]                               # (bad,)
+    # One vector that holds NaN would make all of them NaN. Its least number is then NaN too.
+    least, greatest = x.aminmax(dim=1)                              # (n,), (n,)
+    finite = least.isfinite() & greatest.isfinite()                 # (n,)
+    bad = items[~finite]                                            # (bad,)
     if len(bad):
         item = data["item_ids"][bad[0]]
         fail(f"The vector of item {item} holds NaN or infinity: make it again.")
@@ -601,7 +633,7 @@ def embed(data, args):
     return x, known
 
 
-def standardise(vectors, known):
+def standard_embeddings(vectors, known):
     """Mean 0 in each column, mean square 1 over all: a row for each item. (n, d) -> (N+1, d)
 
     The codes stay what they were: centroids move and grow with the vectors. But the tokens of 05

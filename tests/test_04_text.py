@@ -1,23 +1,30 @@
 """04_text_codes.py: tf-idf by hand, three doors to one result, and codes that are the argmin chain
 and a bijection."""
+import ast
+import hashlib
 import http.server
+import io
 import json
 import math
 import os
 import subprocess
+import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, script
+from conftest import SCRIPTS, command, script
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 text = script(4)
 
 COLOURS = "red blue green amber".split()
 THINGS = "mug lamp chair bowl vase tray".split()
-TITLES = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]  # 24
+TITLES = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]  # 24 of them
 
 
 # --- A run folder, and what holds of every result ------------------------------------------------
@@ -123,6 +130,15 @@ def test_other_texts_get_the_same_columns_and_a_logarithm_of_tf():
     assert ratio == pytest.approx([1] * 6 + [twice] * 6)
 
 
+def test_pairs_of_neighbouring_words_are_features():
+    """Both words, of six features each, are in all texts; of the two pairs, each is in two."""
+    x, _ = text.tf_idf(["cat dog", "dog cat", "dog cat", "cat dog"])
+    x = x.to_dense()                                            # (4, 14)
+    assert x.shape == (4, 12 + 2)
+    assert torch.equal(x[0] > 0, x[3] > 0) and torch.equal(x[1] > 0, x[2] > 0)
+    assert ((x[0] > 0) != (x[1] > 0)).sum() == 2
+
+
 def test_where_no_feature_is_shared_all_stay():
     alone, _ = text.tf_idf(["cat"])
     assert alone.shape == (1, 6)
@@ -154,11 +170,18 @@ def test_texts_of_the_same_words_are_near():
     torch.testing.assert_close(x.norm(dim=1), expected, atol=1e-4, rtol=0)
 
 
+def test_what_the_kept_directions_lack_of_a_text_does_not_shorten_it(monkeypatch):
+    monkeypatch.setattr(text, "WIDTH", 3)
+    x = text.built_in(TITLES, torch.Generator().manual_seed(0))
+    assert x.shape == (24, 3)
+    torch.testing.assert_close(x.norm(dim=1), torch.ones(24))
+
+
 def test_the_randomised_svd_finds_what_the_exact_one_finds():
-    """Six directions stand out of fifty: random vectors turn to what these six span."""
+    """Six directions stand out of fifty, one far above all: d vectors turn to what all six span."""
     rng = torch.Generator().manual_seed(0)
     dense = torch.randn(80, 50, generator=rng)                  # (80, 50)
-    dense[:, :6] *= torch.tensor([9, 8, 7, 6, 5, 4])            # (80, 6)
+    dense[:, :6] *= torch.tensor([1000, 30, 7, 6, 5, 4])        # (80, 6)
     found = text.principal_directions(dense.to_sparse(), 6, rng)    # (50, 6)
     torch.testing.assert_close(found.T @ found, torch.eye(6), atol=1e-5, rtol=0)
 
@@ -189,6 +212,18 @@ def test_a_seed_gives_the_same_file_in_every_process(tmp_path):
     there = load(run)
     assert torch.equal(here["codes"], there["codes"])
     assert torch.equal(here["embeddings"], there["embeddings"])
+
+
+def test_another_seed_starts_the_encoder_and_k_means_elsewhere(tmp_path):
+    run = write_run(tmp_path / "run")
+    vectors = [codes_of(run, "--seed", seed)["embeddings"] for seed in (0, 1)]
+    assert not torch.equal(vectors[0], vectors[1])
+
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(24, 9)))
+    door = ("--embeddings", tmp_path / "x.npy")
+    saved = [codes_of(run, *door, "--seed", seed) for seed in (0, 1)]
+    assert torch.equal(saved[0]["embeddings"], saved[1]["embeddings"])
+    assert not torch.equal(saved[0]["codebooks"], saved[1]["codebooks"])
 
 
 # --- An endpoint ---------------------------------------------------------------------------------
@@ -398,8 +433,9 @@ def test_files_of_vectors_that_do_not_fit_are_refused(tmp_path, capsys):
         return refused(capsys, run, "--embeddings", tmp_path / name)
 
     x = np.ones((24, 3), dtype=np.float32)
-    x[3, 1] = np.nan
-    assert "id4 holds NaN" in said_of("nan.npy", x)
+    for wrong in (np.nan, np.inf, -np.inf):
+        x[3, 1] = wrong
+        assert "id4 holds NaN" in said_of("wrong.npy", x)
     assert "24 rows" in said_of("short.npy", x[:5])
     assert "24 rows" in said_of("flat.npy", x[:, 0])
     assert "TypeError" in said_of("words.npy", np.array([["a"]]))
@@ -409,6 +445,26 @@ def test_files_of_vectors_that_do_not_fit_are_refused(tmp_path, capsys):
     (tmp_path / "broken.npy").write_bytes(b"no array")
     assert "cannot be read" in refused(capsys, run, "--embeddings", tmp_path / "broken.npy")
     assert "FileNotFoundError" in refused(capsys, run, "--embeddings", tmp_path / "nowhere.npy")
+
+
+class Intruder:
+    """Whoever unpickles it calls open(path, "w")."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_file_of_vectors_runs_no_code(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    trace = tmp_path / "trace"
+    np.save(tmp_path / "x.npy", np.array([[Intruder(trace)]] * 24), allow_pickle=True)
+    torch.save([Intruder(trace)], tmp_path / "x.pt")
+    for name in ("x.npy", "x.pt"):
+        assert "cannot be read" in refused(capsys, run, "--embeddings", tmp_path / name)
+        assert not trace.exists()
 
 
 def test_scale_does_not_matter(tmp_path):
@@ -444,6 +500,12 @@ def test_sparse_tensors_are_read_complex_and_lying_ones_refused(tmp_path, capsys
 # --- Whitening -----------------------------------------------------------------------------------
 
 
+def draw(n, width):
+    """Vectors whose directions differ in variance. -> float32 (n, width)"""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(n, width, generator=rng) * torch.logspace(0, -2, width)
+
+
 def test_whitening_gives_unit_variance_to_every_direction():
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(300, 160, generator=rng) * torch.logspace(-6, 1, 160) + 100
@@ -454,17 +516,92 @@ def test_whitening_gives_unit_variance_to_every_direction():
     torch.testing.assert_close(covariance, identity, atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("x", [
+    pytest.param(draw(300, 40), id="more rows than columns"),
+    pytest.param(draw(40, 40), id="as many rows as columns"),
+    pytest.param(draw(30, 200), id="fewer rows than columns"),
+    pytest.param(draw(9000, 20), id="several blocks"),
+    pytest.param(draw(500, 300), id="more directions than are kept"),
+    pytest.param(draw(300, 40) + 1000, id="a narrow cone"),
+    pytest.param(draw(300, 40) * 1e37, id="huge"),
+    pytest.param(draw(300, 40) * 1e-37, id="tiny"),
+    pytest.param(draw(300, 40).clamp(-0.01, 0.01), id="columns of few values"),
+    pytest.param(torch.cat([draw(300, 9), torch.full((300, 4), 7.0)], 1), id="constant columns"),
+    pytest.param(draw(300, 40) ** 3, id="directions of almost no variance"),
+    pytest.param(draw(300, 3) @ draw(3, 40), id="three directions"),
+    pytest.param(draw(30, 3) @ draw(3, 400), id="three directions, few rows"),
+])
+def test_whitening_is_that_of_the_singular_value_decomposition(x):
+    """Up to the signs of the columns, which no one fixes."""
+    white = text.whiten(x)                                      # (n, d)
+    d = white.shape[1]
+
+    n = len(x)
+    centred = x.double() - x.double().mean(0)                   # (n, width)
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    kept = singular[:128] > max(1e-4 * singular[0], 1e-6 * x.double().norm())
+    assert d == kept.sum()
+
+    expected = left[:, :d].float() * (n - 1) ** 0.5             # (n, d)
+    sign = (white * expected).sum(0).sign()                     # (d,)
+    torch.testing.assert_close(white * sign, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("x", [
+    pytest.param(torch.ones(1, 1), id="one number"),
+    pytest.param(draw(1, 9), id="one item"),
+    pytest.param(draw(1, 9).repeat(24, 1), id="equal items"),
+    pytest.param(draw(1, 90).repeat(24, 1), id="equal items, fewer than columns"),
+    pytest.param(draw(1, 9).repeat(5000, 1) * 1e37, id="equal huge items"),
+    pytest.param(torch.zeros(4, 3), id="zeros"),
+])
+def test_whitening_of_vectors_without_variance_is_a_column_of_zeros(x):
+    assert torch.equal(text.whiten(x), torch.zeros(len(x), 1))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within it: `bytes`, the size of the largest tensor that is made; views of x are none."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(made) if torch.is_tensor(leaf)]
+        for tensor in tensors:
+            memory = tensor.untyped_storage()
+            if memory.data_ptr() != self.x.untyped_storage().data_ptr():
+                self.bytes = max(self.bytes, memory.nbytes())
+        return made
+
+
+def test_whitening_makes_no_copy_of_its_input():
+    x = draw(20_000, 256)
+    with LargestTensor(x) as largest:
+        text.whiten(x)
+    assert 0 < largest.bytes <= x.nbytes / 2  # half of it is the result: 128 of 256 columns
+
+
+def test_whitening_of_few_long_vectors_makes_no_matrix_of_width_by_width():
+    x = draw(24, 5000)
+    with LargestTensor(x) as largest:
+        text.whiten(x)
+    assert 0 < largest.bytes <= 4 * x.nbytes  # in double precision: 200 MB if it did
+
+
 # --- The command line, and little data -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [
-    ["--embed-batch", 0],
-    ["--seed", -1],
-    ["--seed", 2 ** 32],
-    ["--embeddings", "x.npy", "--embed-url", "http://x"],
+@pytest.mark.parametrize("options, says", [
+    (["--embed-batch", 0], "--embed-batch starts at 1"),
+    (["--seed", -1], "--seed is"),
+    (["--seed", 2 ** 32], "--seed is"),
+    (["--embeddings", "x.npy", "--embed-url", "http://x"], "not both"),
 ])
-def test_bad_options_are_one_sentence(tmp_path, capsys, options):
-    refused(capsys, write_run(tmp_path / "run"), *options)
+def test_bad_options_are_one_sentence(tmp_path, capsys, options, says):
+    assert says in refused(capsys, write_run(tmp_path / "run"), *options)
 
 
 def test_no_data_is_one_sentence(tmp_path, capsys):
@@ -506,6 +643,44 @@ def test_very_few_texts_get_codes(tmp_path, titles):
 # --- Codes ---------------------------------------------------------------------------------------
 
 
+def test_each_level_cuts_what_the_one_before_has_left():
+    """Sums of one of +-100, one of +-10 and one of +-1: three codebooks of two find all three."""
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)                 # (8, 3)
+    x = (signs * torch.tensor([100, 10, 1])).sum(1, keepdim=True).repeat(9, 1)     # (72, 1)
+    codebooks = text.residual_kmeans(x, 2, torch.Generator().manual_seed(0))       # (3, 2, 1)
+    found = codebooks.abs()[:, :, 0]                                               # (3, 2)
+    torch.testing.assert_close(found, torch.tensor([[100.0, 100], [10, 10], [1, 1]]))
+    codes, residual = text.quantise(x, codebooks)
+    assert len(codes.unique(dim=0)) == 8
+    torch.testing.assert_close(residual, torch.zeros(72, 1))
+
+
+def test_those_that_are_served_worst_move_to_the_nearest_room():
+    """K = 2: prefix (1, 1, 1) serves 8 + 4 + 2 = 14, and of five items near 14 two may stay."""
+    codebooks = torch.tensor([[0.0, 8], [9, 4], [0, 2]]).unsqueeze(2)       # (3, 2, 1)
+    embeddings = torch.tensor([0, 14.2, 14.3, 14, 14.1, 14.4]).unsqueeze(1)  # (N+1, 1): N = 5
+    known = torch.arange(6) > 0                                             # (N+1,)
+    counts = torch.tensor([0, 1, 2, 3, 4, 5])                               # (N+1,)
+    rng = torch.Generator().manual_seed(0)
+    codes, moved = text.finish_codes(embeddings, known, codebooks, counts, rng)
+    assert moved == 3
+    assert codes.tolist() == [
+        [-1, -1, -1, -1],
+        [1, 1, 0, 1],  # moves one leaf on; it is bought less than item 2
+        [1, 1, 0, 0],  # moves there too, and (1, 1) is full
+        [1, 1, 1, 1],  # nothing is left of it: it stays
+        [1, 1, 1, 0],  # 0.1 is left: it stays, and is bought more
+        [1, 0, 0, 0],  # moves one branch on, to 8 + 9: of the -2.6 left, 0 is nearer than 2
+    ]
+
+
+def test_items_without_text_are_spread_over_the_tree(tmp_path):
+    saved = codes_of(write_run(tmp_path / "run", [""] * 100))
+    for level in range(3):
+        _, items = saved["codes"][1:, level].unique(return_counts=True)
+        assert len(items) == 8 and items.max() < 30
+
+
 def test_equal_texts_overflow_into_free_places(tmp_path):
     """24 equal items at K = 8: eight fit behind one prefix, sixteen move to the nearest room."""
     run = write_run(tmp_path / "run", ["a mug"] * 24)
@@ -534,3 +709,64 @@ def test_level_four_counts_by_popularity(tmp_path):
     assert saved["codes"][1:5, 3].tolist() == [2, 0, 3, 1], "equally bought: the lower number first"
     assert saved["codes"][5:, 3].tolist() == [0, 3, 1, 2]
     assert len(saved["codes"][1:5, :3].unique(dim=0)) == 1
+
+
+# --- The process ---------------------------------------------------------------------------------
+
+
+def test_there_is_no_assert_which_optimised_python_would_leave_out():
+    tree = ast.parse(SCRIPTS[3].read_text(encoding="utf-8"))
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+
+
+def test_a_changed_letter_in_data_is_refused_by_optimised_python_too(tmp_path, monkeypatch, capsys):
+    source = SCRIPTS[3].read_text(encoding="utf-8")
+    optimised = types.ModuleType("optimised")
+    exec(compile(source, "04", "exec", optimize=1), vars(optimised))  # as python -O does
+    monkeypatch.setitem(globals(), "text", optimised)
+
+    run = write_run(tmp_path / "run")
+    check(codes_of(run), 24)
+    (run / "text_codes.pt").unlink()
+
+    good = (run / "data.pt").read_bytes()
+    assert good.count(b"green chair by hand") == 1
+    damaged = good.replace(b"green chair by hand", b"green chain by hand")
+    (run / "data.pt").write_bytes(damaged)
+    assert "data.pt is missing or damaged" in refused(capsys, run)
+
+
+def test_two_runs_in_one_process_know_nothing_of_each_other(tmp_path):
+    """As in a notebook: what one run has read and drawn is not in the file of the next."""
+    second = write_run(tmp_path / "second", TITLES[::-1])
+    alone = codes_of(second)
+
+    first = write_run(tmp_path / "first")
+    torch.save({"made_from": {}}, first / "other.pt")
+    text.Run(first).load("other.pt", "01_data.py")
+    codes_of(first)
+    torch.rand(5)
+    after = codes_of(second)
+    digest = hashlib.sha256((second / "data.pt").read_bytes()).hexdigest()
+    assert after["made_from"] == {"data.pt": digest}
+    for key in ("codes", "codebooks", "embeddings"):
+        assert torch.equal(after[key], alone[key]), key
+
+
+def test_a_run_leaves_the_random_numbers_of_a_notebook_alone(tmp_path):
+    run = write_run(tmp_path / "run")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    codes_of(run)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_a_console_without_a_letter_shows_a_question_mark(tmp_path, monkeypatch, encoding):
+    run = write_run(tmp_path / "run", ["żółta mug", *TITLES])
+    console = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(console, encoding, write_through=True))
+    text.start(lambda: text.main(["--run", str(run)]))
+    assert b"ta mug" in console.getvalue() and b"?" in console.getvalue()
+    check(load(run), 25)
