@@ -7,11 +7,12 @@ L = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2.
 
     python 03_dino_quantizer.py                    # after 01_data.py
     python 03_dino_quantizer.py --plain            # control: DINO, then residual k-means
+    torchrun --nproc_per_node=2 -- 03_dino_quantizer.py  # several GPUs
 
-letters  B pictures in a batch, b of them in this process (if it is the only one, all), V views of
-         a picture, S side of a picture in pixels, s in patches, E width of the ViT, H its heads,
-         d width of a vector that is cut into codes (here E), K values of a code, L codes of an
-         item, O prototypes of the head, N items
+letters  B pictures in a batch, b pictures of it in this process, V views of a picture,
+         S side of a picture, s patches along a side, E width of the model, H heads,
+         O prototypes of the head, d width of a vector that is cut into codes,
+         K values of a code, L codes of an item in one modality, N items
 
 reads   data.pt, images.pt
 writes  dino.pt
@@ -81,24 +82,26 @@ def crops(x, size, scale, draws):
     """
     area, stretch, left, top, mirror, light, contrast, saturation = draws.unbind(1)  # (n,) each
 
-    # A window into the picture, its width / height between 3/4 and 4/3. Coordinates go from -1
-    # (left, top) to 1 (right, bottom): half the picture is 1 wide and 1 high, and half of the
-    # window is as wide times as high as its share of the area.
+    # The view shows a window of the picture. If the window has `side` times the picture's width and
+    # height, it has side^2 of its area: the smallest share at area = -1, the largest at 1.
     smallest, largest = scale
     share = (smallest + largest + (largest - smallest) * area) / 2  # (n,)
     side = share.sqrt()                                             # (n,)
+
+    # Then it is stretched, up to width / height = 3/4 or 4/3. Coordinates run from -1 (left, top)
+    # to 1 (right, bottom): in them half the width of the picture is 1, and that of the window:
     ratio = (4 / 3) ** (stretch / 2)                                # (n,)
     half = torch.stack([side * ratio, side / ratio], 1)             # (n, 2): of width, of height
     half = half.clamp(max=1)                                        # (n, 2)
 
-    # left, top = -1: as far to the left and up as the window can go, 1: to the right and down.
+    # At left = -1 the window lies at the picture's left edge, at 1 at its right; top likewise.
     middle = (1 - half) * torch.stack([left, top], 1)               # (n, 2)
 
     # A negative width mirrors: then the view's left is the window's right.
     half[:, 0] *= mirror.sign()                                     # (n,)
 
-    # A pixel at some place in the view shows the point middle + half * place of the picture. The
-    # places of 2 pixels are -1/2 and 1/2, those of 4 are -3/4, -1/4, 1/4 and 3/4.
+    # A pixel whose place in the view is p shows the point middle + half * p of the picture. Two
+    # pixels have their places at -1/2 and 1/2, four at -3/4, -1/4, 1/4 and 3/4.
     odd = torch.arange(1, 2 * size, 2, device=x.device)             # (size,): 1, 3, 5, ..
     place = odd / size - 1                                          # (size,)
     across, down = torch.meshgrid(place, place, indexing="xy")      # (size, size) each
@@ -126,6 +129,7 @@ def make_views(pictures, draws, size, patch):
     pictures: (b, 3, S, S) in 0..1, draws: (V, b, 8)
     -> global crops (2, b, 3, size, size), local crops (V-2, b, 3, local, local)
     """
+    # Rows are all pictures for the first crop, then all for the second, as in `repeat`.
     V, b, _ = draws.shape
     twice = pictures.repeat(2, 1, 1, 1)                             # (2b, 3, S, S)
     large = crops(twice, size, GLOBAL_SCALE, draws[:2].flatten(0, 1))
@@ -232,21 +236,33 @@ def resample(pos_embed, side):
 def load_backbone(path, size):
     """The ViT in a file of the public release or in our dino.pt, for pictures of size x size."""
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        # Whole checkpoints of the release hold both networks, and the options of their command.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, weights_only=True, map_location="cpu")
         state = state.get("teacher", state.get("student", state))
         weights = {}
         for name, weight in state.items():
-            if "head." not in name:
-                name = name.removeprefix("module.").removeprefix("backbone.")
+            name = name.removeprefix("module.").removeprefix("backbone.")
+            if not name.startswith("head."):
                 weights[name] = weight
+
         E, _, _, patch = weights["patch_embed.proj.weight"].shape
         depth = sum("norm1.weight" in name for name in weights)
+        check_sizes(size, patch, E)
         weights["pos_embed"] = resample(weights["pos_embed"], size // patch)
         vit = VisionTransformer(size, patch, E, depth)
         vit.load_state_dict(weights)
     except Exception as error:
-        fail(f"--init {path}: no backbone for {size} px ({type(error).__name__}): give another.")
+        fail(f"--init {path} ({type(error).__name__}): what fits is a ViT of facebookresearch/dino "
+             "(dino_deitsmall16_pretrain.pth, say) or a dino.pt of this script; DINOv2, other ViTs "
+             "and .safetensors do not.")
     return vit
+
+
+def check_sizes(size, patch, E):
+    heads = number_of_heads(E)
+    if size % patch or E % heads:
+        fail(f"Patches of {patch} must tile crops of {size}, and {heads} heads a width of {E}.")
 
 
 # --- The head ------------------------------------------------------------------------------------
@@ -296,7 +312,9 @@ class Head(nn.Module):
 
 class ResidualQuantiser(nn.Module):
     """Three codebooks. They are no parameters: no gradient moves a centroid, it follows the running
-    mean of its members, the vectors that it is nearest to. codebooks: (3, K, d) to start with
+    mean of its members, the vectors that it is nearest to.
+
+    codebooks: (3, K, d) to start with, d = E of the ViT
     """
 
     def __init__(self, codebooks):
@@ -365,8 +383,9 @@ class Model(nn.Module):
         self.quantiser = None
 
     def forward(self, views):
-        """Views of one size are in one tensor. views: tensors (some, b, 3, side, side), V together
-        -> outputs of the head (V, b, O), z (V, b, E) without gradient, commitment (), of all views
+        """views: a list of tensors (some, b, 3, side, side), each of one size; V views together
+
+        -> what the head says (V, b, O); z without gradient (V, b, E); commitment of all of them ()
         """
         vectors = []
         with torch.autocast(views[0].device.type, torch.bfloat16, enabled=self.bf16):
@@ -480,10 +499,11 @@ def train_step(student, replica, teacher, center, optimizer, views, B, step, ste
     # The teacher: p_t = softmax((head_t(ViT_t(x)) - center) / tau_t), of global crops only. Two
     # things keep it from saying the same of all pictures: the center, so that no prototype wins
     # everywhere, and a small tau_t, so that not all are equal everywhere.  [12]
+    tau_t = teacher_temperature(done)
     with torch.no_grad():
         out, _, _ = teacher([global_crops])                         # (2, b, O)
-        p_t = ((out - center) / teacher_temperature(done)).softmax(2)  # (2, b, O)
-    entropy = torch.special.entr(p_t).sum() / (2 * B)               # ()
+        p_t = ((out - center) / tau_t).softmax(2)                   # (2, b, O)
+    entropy = torch.special.entr(p_t).sum() / (2 * B)               # (), - sum_o p_t log p_t
 
     # The student: p_s = softmax(head(z_q) / tau_s), of all views.
     logits, z, commitment = replica([global_crops, local_crops])    # (V, b, O), (V, b, d), ()
@@ -503,7 +523,7 @@ def train_step(student, replica, teacher, center, optimizer, views, B, step, ste
     set_rates(optimizer, done)
     optimizer.step()
 
-    # No gradient moves the teacher: it is the running average of the student,
+    # No gradient moves the teacher: it is the running average of the student (`lerp_`),
     # teacher = m teacher + (1 - m) student
     m = teacher_momentum(done, steps)
     for average, weight in zip(teacher.parameters(), student.parameters()):
@@ -532,6 +552,13 @@ def my_share():
     if not dist.is_initialized():
         return slice(None)
     return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def replicate(student):
+    """The student in a wrapper, in which all processes agree on its gradients and its codebooks."""
+    if not dist.is_initialized():
+        return student
+    return nn.parallel.DistributedDataParallel(student)
 
 
 def views_of(batch, images, V, vit, rng):
@@ -624,8 +651,9 @@ def read_image_codes(student, teacher, images, data, rng):
 
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
-# Three numbers instead of a vector: its nearest centroid, the centroid nearest to what that leaves,
-# and once more. A fourth number tells apart the items that share all three.
+# A codebook holds K centroids. Three numbers stand for a vector: its nearest centroid in the first
+# codebook, the centroid of the second that is nearest to what the first one leaves, and once more.
+# A fourth number tells apart the items that share all three.
 
 
 def codebook_size(N):
@@ -641,35 +669,36 @@ def nearest(x, codebook):
     half_norm = codebook.square().sum(1) / 2                        # (K,)
     codes = []
     for part in x.split(4096):  # few enough rows to stay in the processor's cache
-        score = torch.addmm(half_norm, part, codebook.T, alpha=-1)  # (part, K)
+        score = half_norm - part @ codebook.T                       # (part, K)
         codes.append(score.argmin(1))                               # (part,)
     return torch.cat(codes)                                         # (n,)
 
 
 def kmeans(x, K, rng, steps=15):
-    """Lloyd's algorithm: each vector goes to its nearest centroid, each centroid to their mean.
+    """Lloyd's algorithm: vectors join the nearest centroid, centroids move to their members' mean.
 
     x: (n, d), rng: torch.Generator -> codebook (K, d)
     """
-    # 1,024 vectors a centroid find it as well as more would. Fewer than K vectors are repeated.
+    # 1,024 vectors a centroid find it as well as more would. Fewer than K vectors are repeated:
+    # of 3 vectors and K = 5, the order 4 1 0 3 2 takes the vectors 1 1 0 0 2.
     order = torch.randperm(max(len(x), K), generator=rng)           # (max(n, K),)
     x = x[order[:1024 * K] % len(x)]                                # (sample, d)
 
     codebook = x[:K]                                                # (K, d)
     for _ in range(steps):
         codes = nearest(x, codebook)                                # (sample,)
-        members = torch.bincount(codes, minlength=K).unsqueeze(1)   # (K, 1)
+        members = torch.bincount(codes, minlength=K)                # (K,)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)   # (K, d)
 
         # A centroid without members restarts at the vector that is served worst.  [8]
-        empty = (members[:, 0] == 0).nonzero()[:, 0]                # (empty,)
+        empty = (members == 0).nonzero()[:, 0]                      # (empty,)
         if len(empty):
             error = (x - codebook[codes]).square().sum(1)           # (sample,)
             worst = error.topk(len(empty)).indices                  # (empty,)
             sums[empty] = x[worst]                                  # (empty, d)
-            members[empty] = 1                                      # (empty, 1)
+            members[empty] = 1                                      # (empty,)
 
-        codebook = sums / members                                   # (K, d)
+        codebook = sums / members.unsqueeze(1)                      # (K, d)
     return codebook
 
 
@@ -727,7 +756,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
-    # Without a vector an item gets a random place in the tree: it may still be a target.
+    # An item without a vector gets random codes: it may still be a target.
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
 
     # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
@@ -735,28 +764,33 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     prefix[0] = -1  # padding shares its place with nobody
 
     # Level 4 has room for K items. Of a fuller prefix those move that are served worst.  [10]
-    best_served = residual.square().sum(1).argsort(stable=True)     # (N+1,)
-    moved = number_in_group(prefix, best_served) >= K               # (N+1,)
-    redistribute(codes, prefix, moved, embeddings, codebooks)
+    best_served_first = residual.square().sum(1).argsort(stable=True)  # (N+1,)
+    moved = number_in_group(prefix, best_served_first) >= K         # (N+1,)
+    if moved.any():
+        redistribute(codes, prefix, moved, embeddings, codebooks)
 
     # Items of one prefix are numbered, the most bought first, so that 0 is the likeliest.  [9]
-    most_bought = (-train_counts.long()).argsort(stable=True)       # (N+1,)
-    collision = number_in_group(prefix, most_bought)                # (N+1,)
+    most_bought_first = (-train_counts.long()).argsort(stable=True)  # (N+1,)
+    collision = number_in_group(prefix, most_bought_first)          # (N+1,)
     codes = torch.cat([codes, collision.unsqueeze(1)], 1)           # (N+1, L)
     codes[0] = -1
 
     _, sharing = prefix[known].unique(return_counts=True)           # (prefixes,)
     alone = (sharing == 1).sum() / known.sum().clamp(1)             # ()
-    print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
+    used = [len(level.unique()) for level in codes[1:].T]           # one number a level
+    print(f"codes: K = {K}, in use at each level {used}; {alone:.0%} of the known items are alone "
+          f"after level 3, {moved.sum()} were moved")
     return codes.to(torch.int16), moved.sum().item()
 
 
 def redistribute(codes, prefix, moved, embeddings, codebooks):
-    """Empty-leaf redistribution: each item in `moved` walks down the tree once more, at each level
-    into the nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
+    """The paper's "empty-leaf redistribution": items of a full prefix find another with room.
+
+    Each item in `moved` (N+1,) walks down the tree of prefixes once more, at each level into the
+    nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
     """
-    # The tree of prefixes as one flat array of counts a level: entry p of behind[l] is the number
-    # of items behind the prefix p of l + 1 codes. The K branches of a node p are p K .. p K + K-1.
+    # Entry p of behind[l] counts the items behind the prefix p of l + 1 codes. Were K = 10, then
+    # behind[1][31] would be the items whose codes begin 3 1, with the branches 310, 311, .. 319.
     K = codebooks.shape[1]
     stays = prefix[1:][~moved[1:]]                                  # (stays,)
     behind = [torch.bincount(stays // (K * K), minlength=K),        # (K,)
@@ -767,8 +801,8 @@ def redistribute(codes, prefix, moved, embeddings, codebooks):
         residual = embeddings[item]                                 # (d,)
         node = 0  # the root
         for l, codebook in enumerate(codebooks):
-            branches = behind[l][node * K:(node + 1) * K]           # (K,)
-            full = branches == K ** (3 - l)                         # (K,)
+            branches = behind[l][node * K:(node + 1) * K]           # (K,) a view
+            full = branches == K ** (3 - l)                         # (K,) no room behind it
             distance = (residual - codebook).square().sum(1)        # (K,)
             k = distance.masked_fill(full, math.inf).argmin().item()
             branches[k] += 1
@@ -876,12 +910,6 @@ def build(images, items, K, args, rng):
     return student, teacher
 
 
-def check_sizes(size, patch, width):
-    heads = number_of_heads(width)
-    if size % patch or width % heads:
-        fail(f"Patches of {patch} must tile crops of {size}, and {heads} heads a width of {width}.")
-
-
 def train(student, teacher, images, items, run, args, rng):
     """All epochs, from where a stopped run left off. -> L_DINO and entropy (epochs, 2), seconds"""
     if len(items) == 0:
@@ -893,14 +921,13 @@ def train(student, teacher, images, items, run, args, rng):
     curves = state["losses"]
     began = time.time() - state["seconds"]
 
-    replica = student
-    if args.world > 1:
-        replica = nn.parallel.DistributedDataParallel(student)
+    replica = replicate(student)
     V = 2 + args.local_crops
     batch_size = args.batch * args.world
     epoch_steps = math.ceil(len(items) / batch_size)
     steps = args.epochs * epoch_steps
-    bar = tqdm(total=steps, initial=len(curves) * epoch_steps, leave=False, disable=None)
+    bar = tqdm(total=steps, initial=len(curves) * epoch_steps, leave=False,
+               disable=args.rank > 0 or None)  # None: no bar where no terminal is
 
     for epoch in range(len(curves), args.epochs):
         # Every epoch has random numbers of its own: a stopped run can go on from here.
@@ -964,7 +991,7 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
@@ -1069,7 +1096,8 @@ def join(run):
     if not dist.is_torchelastic_launched():
         return 0, 1
     dist.init_process_group()
-    # At the end, in this order: wait, as gloo's threads still hand tensors back; then leave.
+    # At the end Python calls these from the last to the first: wait, as gloo's threads still hand
+    # tensors back, then leave.
     atexit.register(dist.destroy_process_group)
     atexit.register(time.sleep, 0.5)
     if torch.cuda.is_available():

@@ -1,6 +1,11 @@
-"""03_dino_quantizer.py: the ViT has the public names, the quantiser and the loss do what the equations say."""
+"""03_dino_quantizer.py: the ViT has the public names; quantiser, loss and step do what the equations say."""
 
+import argparse
+import copy
+import hashlib
 import itertools
+import json
+import math
 import os
 import signal
 import subprocess
@@ -86,11 +91,49 @@ def test_init_reads_what_was_saved(tmp_path, wrap):
     assert vit(torch.rand(1, 3, 8, 8)).shape == (1, 12)
 
 
-def test_init_that_holds_no_vit_is_one_sentence(tmp_path, capsys):
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "no.pth")
+def test_init_reads_a_whole_checkpoint_of_the_release(tmp_path):
+    """It has the options of its command beside the networks, an argparse.Namespace."""
+    torch.manual_seed(0)
+    vit, x = dino.VisionTransformer(16, 4, 12, 2), torch.rand(2, 3, 16, 16)
+    teacher = {f"backbone.{n}": w for n, w in vit.state_dict().items()} | {"head.last_layer.weight_g": torch.ones(3, 1)}
+    options = argparse.Namespace(arch="vit_small", patch_size=4)
+    torch.save({"teacher": teacher, "student": {}, "epoch": 100, "args": options}, tmp_path / "checkpoint.pth")
+    torch.testing.assert_close(dino.load_backbone(tmp_path / "checkpoint.pth", 16)(x), vit(x))
+
+
+def foreign_weights(kind, path):
+    """A file that people may try to give as --init."""
+    vit = dino.VisionTransformer(16, 4, 12, 1).state_dict()
+    if kind == "DINOv2":  # the same names, and some more
+        torch.save(vit | {"mask_token": torch.zeros(1, 12), "blocks.0.ls1.gamma": torch.ones(12)}, path)
+    if kind == "transformers":  # other names
+        torch.save({f"vit.encoder.{name}": weight for name, weight in vit.items()}, path)
+    if kind == "safetensors":
+        header = json.dumps({"cls_token": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    if kind == "a tensor":
+        torch.save(torch.zeros(2), path)
+    if kind == "no vit":
+        torch.save({"weights": torch.zeros(2)}, path)
+    if kind == "text":
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+
+
+@pytest.mark.parametrize("kind", ("DINOv2", "transformers", "safetensors", "a tensor", "no vit", "text", "missing"))
+def test_init_that_does_not_fit_is_one_sentence_that_says_what_fits(tmp_path, kind, capsys):
+    foreign_weights(kind, tmp_path / "no.pth")
     with pytest.raises(SystemExit) as end:
         dino.load_backbone(tmp_path / "no.pth", 16)
-    assert end.value.code == 2 and "no.pth" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "no.pth" in said
+    assert "facebookresearch/dino" in said and "dino.pt" in said and "DINOv2" in said and ".safetensors" in said
+
+
+def test_init_whose_patches_do_not_tile_the_crops_is_one_sentence(tmp_path, capsys):
+    torch.save(dino.VisionTransformer(16, 4, 12, 1).state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(SystemExit) as end:
+        dino.load_backbone(tmp_path / "vit.pth", 18)
+    assert end.value.code == 2 and "Patches of 4 must tile crops of 18" in capsys.readouterr().err
 
 
 def test_quantiser_is_the_brute_force_argmin():
@@ -152,6 +195,150 @@ def test_loss_leaves_out_pairs_of_one_view():
     torch.testing.assert_close(dino.dino_loss(p_t, logits), 3 * torch.stack(terms).mean())
 
 
+# --- One step of training, against its equations ----------------------------------------------------------------------
+def tiny_model(seed, bf16=False):
+    torch.manual_seed(seed)
+    return dino.Model(dino.VisionTransformer(8, 4, 12, 1), dino.Head(12, 10), bf16)
+
+
+def one_step(epoch, step=6, steps=20):
+    """A step of a tiny student, and all that there was before it and is after it. Three pictures, two crops of
+    8 px and two of 4, a teacher that is another network, a center that is not zero."""
+    student, teacher = tiny_model(0), tiny_model(1).requires_grad_(False)
+    student.quantiser = dino.ResidualQuantiser(0.5 * torch.randn(3, 4, 12))
+    center, views = torch.randn(10), (torch.rand(2, 3, 3, 8, 8), torch.rand(2, 3, 3, 4, 4))
+    before = copy.deepcopy((student, teacher, center))
+    losses = dino.train_step(student, student, teacher, center, dino.make_optimizer(student), views, 3,
+                             step, steps, epoch, torch.Generator().manual_seed(0))
+    return before, (student, teacher, center), views, losses
+
+
+def hand_made_losses(student, teacher, center, views, tau_t):
+    """L_DINO, its entropy and the commitment, each a mean over what it is said of, crop by crop."""
+    crops = [*views[0], *views[1]]  # V of (B, 3, side, side)
+    p_t = [((teacher.head(teacher.backbone(x)) - center) / tau_t).softmax(1) for x in crops[:2]]
+    log_p_s, commitment = [], []
+    for x in crops:
+        z = student.backbone(x)
+        z_q = torch.zeros_like(z)
+        for codebook in student.quantiser.codebooks:
+            z_q = z_q + codebook[torch.cdist(z.detach() - z_q, codebook).argmin(1)]
+            commitment.append((z - z_q).square().mean(1))
+        log_p_s.append((student.head(z + (z_q - z).detach()) / 0.1).log_softmax(1))
+    pairs = [-(p_t[t] * log_p_s[v]).sum(1).mean() for t in range(2) for v in range(4) if t != v]
+    entropy = -(torch.stack(p_t) * torch.stack(p_t).log()).nansum(2).mean()
+    return torch.stack(pairs).mean(), entropy, 3 * torch.stack(commitment).mean()
+
+
+def test_a_step_returns_the_loss_and_the_entropy_of_its_equations():
+    """`out + center`, or no center, would be another p_t."""
+    before, _, views, losses = one_step(epoch=1)
+    l_dino, entropy, _ = hand_made_losses(*before, views, 0.04 + 0.1 * 0.3)
+    torch.testing.assert_close(losses, torch.stack([l_dino, entropy]).detach())
+
+
+@pytest.mark.parametrize("epoch", (0, 1))
+def test_a_step_is_adamw_on_the_clipped_gradient_of_both_terms(epoch):
+    """The first step of AdamW is lr g / (|g| + eps), after the weight has lost lr times decay of itself."""
+    (student, teacher, center), (after, *_), views, _ = one_step(epoch)
+    l_dino, _, commitment = hand_made_losses(student, teacher, center, views, 0.04 + 0.1 * 0.3)
+    (l_dino + 0.25 * commitment).backward()
+    if epoch == 0:
+        student.head.last_layer.weight.grad = None
+    gradients = [w.grad for w in student.parameters() if w.grad is not None]
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    cosine = (1 + math.cos(0.3 * math.pi)) / 2
+    lr, decay = 1e-3 * cosine, 0.4 - 0.36 * cosine
+    for (name, old), new in zip(student.named_parameters(), after.parameters()):
+        if old.grad is None:
+            assert epoch == 0 and name == "head.last_layer.weight" and torch.equal(old, new)
+            continue
+        g = old.grad * min(1, 3 / norm)
+        expected = old * (1 - lr * decay * (old.ndim > 1)) - lr * g / (g.abs() + 1e-8)
+        clear = g.abs() > 1e-5  # the gradient of the keys' bias is 0 but for rounding
+        torch.testing.assert_close(new[clear], expected[clear], atol=1e-6, rtol=0)
+
+
+def test_the_gradient_of_a_step_is_clipped_at_3_all_together():
+    """AdamW's first step does not show it, but its mean of gradients does: a tenth of this one."""
+    student, teacher = tiny_model(0), tiny_model(1).requires_grad_(False)
+    optimizer, views = dino.make_optimizer(student), (torch.rand(2, 3, 3, 8, 8), torch.rand(2, 3, 3, 4, 4))
+    with torch.no_grad():
+        for weight in (student.head.mlp[0].weight, student.head.mlp[4].weight, student.head.mlp[4].bias):
+            weight.mul_(1e-3)  # of a short vector the direction is easily changed: a large gradient
+    dino.train_step(student, student, teacher, torch.zeros(10), optimizer, views, 3, 6, 20, 1, torch.Generator())
+    means = [optimizer.state[w]["exp_avg"] for w in student.parameters()]
+    norm = 10 * torch.stack([m.square().sum() for m in means]).sum().sqrt()
+    torch.testing.assert_close(norm, torch.tensor(3.0), atol=1e-3, rtol=0)
+
+
+def test_a_step_moves_teacher_center_and_codebooks():
+    """teacher = m teacher + (1 - m) student; center = .9 center + .1 mean; centroids follow the z of all crops."""
+    (student, teacher, center), (new_student, new_teacher, new_center), views, _ = one_step(epoch=1)
+    m = 1 - (1 - (1 - 1 / 2)) * (1 + math.cos(0.3 * math.pi)) / 2  # 20 steps: from 1/2, of an average over 2
+    for old, new, weight in zip(teacher.parameters(), new_teacher.parameters(), new_student.parameters()):
+        torch.testing.assert_close(new, m * old + (1 - m) * weight)
+    out = torch.cat([teacher.head(teacher.backbone(x)) for x in views[0]])
+    torch.testing.assert_close(new_center, 0.9 * center + 0.1 * out.mean(0))
+    z = torch.cat([student.backbone(x) for x in (*views[0], *views[1])]).detach()
+    student.quantiser.update(z, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(new_student.quantiser.codebooks, student.quantiser.codebooks)
+    assert not torch.equal(new_student.quantiser.codebooks, one_step(epoch=1)[0][0].quantiser.codebooks)
+
+
+def test_rates_warm_up_and_follow_a_cosine():
+    quarter = (1 + math.cos(math.pi / 4)) / 2
+    for done, lr, decay, tau_t in ((0, 1e-5, 0.04, 0.04), (0.05, 0.51e-3, 0.04222, 0.045),
+                                   (0.25, quarter * 1e-3, 0.4 - 0.36 * quarter, 0.065),
+                                   (0.5, 0.5e-3, 0.22, 0.07), (1, 0, 0.4, 0.07)):
+        assert dino.learning_rate(done) == pytest.approx(lr)
+        assert dino.weight_decay(done) == pytest.approx(decay, rel=1e-3)
+        assert dino.teacher_temperature(done) == pytest.approx(tau_t)
+    for steps, first in ((100_000, 0.996), (2_500, 0.99), (10, 0.5)):
+        assert dino.teacher_momentum(0, steps) == pytest.approx(first)
+        assert dino.teacher_momentum(0.5, steps) == pytest.approx(1 - (1 - first) / 2)
+        assert dino.teacher_momentum(1, steps) == 1
+
+
+# --- Crops and what chance decides ------------------------------------------------------------------------------------
+def test_every_epoch_shuffles_and_draws_anew_and_from_its_own_seed(tmp_path, monkeypatch):
+    """Three epochs with seed 5: the views of epoch e follow from 5000 + e alone, whatever came before."""
+    seen = []
+
+    def spy(student, replica, teacher, center, optimizer, views, B, step, steps, epoch, rng):
+        seen.append((views, B, step, steps, epoch))
+        torch.rand(step, generator=rng)  # what a step draws must not reach the next epoch
+        return torch.zeros(2)
+    monkeypatch.setattr(dino, "train_step", spy)
+    run = write_run(tmp_path / "run")
+    dino.main(["--run", str(run), *TINY, "--epochs", "3", "--seed", "5"])
+    assert [(B, step, steps, epoch) for _, B, step, steps, epoch in seen] == [
+        ((8, 8, 6)[step % 3], step, 9, step // 3) for step in range(9)]
+    images, items = torch.load(run / "images.pt")["images"], torch.load(run / "data.pt")["has_image"].nonzero()[:, 0]
+    for epoch in range(3):
+        rng = torch.Generator().manual_seed(5000 + epoch)
+        batch = items[torch.randperm(22, generator=rng)][:8]
+        expected = dino.make_views(images[batch] / 255, 2 * torch.rand(4, 8, 8, generator=rng) - 1, 16, 2)
+        for view, other in zip(seen[3 * epoch][0], expected):
+            assert torch.equal(view, other)
+    assert not torch.equal(seen[0][0][0], seen[3][0][0])
+
+
+def test_a_share_of_a_batch_has_the_views_that_it_has_in_the_whole(monkeypatch):
+    """Several processes: each draws for all, so the same numbers, and takes its own."""
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    batch, vit = torch.tensor([5, 1, 7, 2, 3]), dino.VisionTransformer(16, 4, 12, 1)
+    rng = torch.Generator().manual_seed(0)
+    whole, after = dino.views_of(batch, images, 5, vit, rng), rng.get_state()
+    for rank in range(2):
+        monkeypatch.setattr(dino, "my_share", lambda: slice(rank, None, 2))
+        share = dino.views_of(batch, images, 5, vit, rng.manual_seed(0))
+        assert [view.shape[:2] for view in share] == [(2, 3 - rank), (3, 3 - rank)]
+        for view, of_whole in zip(share, whole):
+            torch.testing.assert_close(view, of_whole[:, rank::2])
+        assert torch.equal(rng.get_state(), after)
+
+
 def test_crops_are_pictures_of_their_own():
     torch.manual_seed(0)
     x, luck = torch.rand(6, 3, 16, 16), 2 * torch.rand(6, 8) - 1
@@ -188,6 +375,14 @@ def test_overflow_moves_to_the_nearest_place_with_room():
     expected = sorted(list(itertools.islice((p for p in order for _ in range(2)), 15)))
     assert sorted(map(tuple, codes[1:, :3].tolist())) == expected and moved == 13
     assert len(codes[1:].unique(dim=0)) == 15
+
+
+def test_who_is_served_worst_moves_and_the_most_bought_is_numbered_first():
+    """Three items at the prefix 0 0 0, which has room for two: the one that is .2 away goes to 0 0 1."""
+    codebooks, x = torch.tensor([[[0.0], [8]], [[0.0], [3]], [[0.0], [1]]]), torch.tensor([[0.0], [0.1], [0.2], [0.05]])
+    counts = torch.tensor([0, 3, 4, 5], dtype=torch.int32)
+    codes, moved = dino.finish_codes(x, torch.arange(4) > 0, codebooks, counts, torch.Generator())
+    assert codes[1:].tolist() == [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]] and moved == 1
 
 
 def test_kmeans_ends_at_means_and_survives_few_vectors():
@@ -251,6 +446,115 @@ def test_bad_options_are_one_sentence(tmp_path, options, capsys):
     assert not (run / "image_codes.pt").exists()
 
 
+# --- The script -------------------------------------------------------------------------------------------------------
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def same_results(a, b):
+    for one, other in zip(read(a), read(b)):
+        for key, value in one.items():
+            if torch.is_tensor(value):
+                assert torch.equal(value, other[key]), key
+    for name, weight in read(a)[0]["teacher"].items():
+        assert torch.equal(weight, read(b)[0]["teacher"][name]), name
+
+
+def test_main_may_be_called_for_one_run_after_another(tmp_path):
+    """As in a notebook: a run is the same before and after another one, and knows only its own files."""
+    runs = [write_run(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 0))]
+    for run in runs:
+        dino.main(["--run", str(run), *TINY, "--epochs", "2"])
+        for saved in read(run):
+            assert saved["made_from"] == {name: digest(run / name) for name in ("images.pt", "data.pt")}
+    same_results(runs[0], runs[2])
+
+
+def interrupt(run, options, monkeypatch, name, at_step=None):
+    """Runs main, and presses Ctrl-C where it calls the function of that name, train_step at that step."""
+    real = getattr(dino, name)
+
+    def pressed(*args):
+        if at_step is None or args[7] == at_step:
+            raise KeyboardInterrupt
+        return real(*args)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dino, name, pressed)
+        dino.main(["--run", str(run), *options])
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(tmp_path, monkeypatch):
+    """Interrupted in the second epoch, and once more when all epochs are over and codes are read."""
+    runs = [write_run(tmp_path / name) for name in ("whole", "interrupted")]
+    options = [*TINY, "--epochs", "3"]
+    dino.main(["--run", str(runs[0]), *options])
+    interrupt(runs[1], options, monkeypatch, "train_step", at_step=4)
+    interrupt(runs[1], options, monkeypatch, "read_image_codes")
+    dino.main(["--run", str(runs[1]), *options])
+    assert not (runs[1] / "dino.checkpoint").exists()
+    same_results(*runs)
+
+
+def test_a_run_of_other_processes_is_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run")
+    interrupt(run, [*TINY, "--epochs", "3"], monkeypatch, "train_step", at_step=4)
+    state = torch.load(run / "dino.checkpoint", weights_only=True)
+    torch.save(state | {"options": state["options"] | {"world": 4}}, run / "dino.checkpoint")
+    with pytest.raises(SystemExit) as end:
+        dino.main(["--run", str(run), *TINY, "--epochs", "3"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "was begun by 4 processes, not 1" in said and said.count("\n") == 1
+
+
+def test_the_teacher_begins_as_the_student_and_the_codebooks_as_its_k_means(tmp_path):
+    run = write_run(tmp_path / "run")
+    images = torch.load(run / "images.pt", weights_only=True)["images"]
+    items = torch.load(run / "data.pt", weights_only=True)["has_image"].nonzero()[:, 0]
+    student, teacher = dino.build(images, items, 2, dino.options([*TINY]), torch.manual_seed(0))
+    assert teacher.quantiser is None and not any(w.requires_grad for w in teacher.parameters())
+    assert all(map(torch.equal, student.parameters(), teacher.parameters()))
+    z = dino.embed(teacher.backbone, images, items)
+    codes = dino.nearest(z, student.quantiser.codebooks[0])
+    means = torch.stack([z[codes == k].mean(0) for k in range(2)])
+    torch.testing.assert_close(student.quantiser.codebooks[0], means, atol=1e-5, rtol=0)
+
+
+def test_codes_are_those_of_whole_pictures_by_the_teacher(tmp_path):
+    """Vectors are the teacher's, standardised; codebooks have moved to the means of these vectors."""
+    run = write_run(tmp_path / "run")
+    images = torch.load(run / "images.pt", weights_only=True)["images"]
+    data = torch.load(run / "data.pt", weights_only=True)
+    items, teacher = data["has_image"].nonzero()[:, 0], tiny_model(1)
+    student = tiny_model(0)
+    student.quantiser = dino.ResidualQuantiser(torch.randn(3, 8, 12))
+    saved = dino.read_image_codes(student, teacher, images, data, torch.Generator().manual_seed(0))
+    whole = torch.nn.functional.interpolate(images[items] / 255, (8, 8), mode="bilinear", antialias=True)
+    z = teacher.backbone(whole).detach()
+    expected = (z - z.mean(0)) / (z - z.mean(0)).square().mean().sqrt()
+    torch.testing.assert_close(saved["embeddings"][items], expected, atol=1e-4, rtol=1e-4)
+    codes = dino.nearest(expected, saved["codebooks"][0])
+    for k in codes.unique():
+        torch.testing.assert_close(saved["codebooks"][0, k], expected[codes == k].mean(0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("epochs, told", ((3, [1, 2, 3]), (8, [*range(1, 9)]), (20, [1, 3, 6, 9, 12, 15, 18, 20]),
+                                          (100, [1, *range(10, 101, 10)])))
+def test_of_many_epochs_the_first_and_each_tenth_get_a_line(epochs, told, capsys):
+    for epoch in range(epochs):
+        dino.print_epoch(epoch, torch.tensor([2.5, 2.25]), epochs)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"epoch {number}: loss 2.50 = entropy of p_t 2.25 + KL" for number in told]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run")
+    monkeypatch.setattr(dino, "train_step", lambda *args: torch.tensor([math.nan, 0]))
+    with pytest.raises(SystemExit) as end:
+        dino.main(["--run", str(run), *TINY])
+    assert end.value.code == 2 and "step 0: the loss is no number" in capsys.readouterr().err
+    assert not (run / "dino.pt").exists()
+
+
 def test_max_steps_ends_early_and_says_what_an_epoch_takes(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     dino.main(["--run", str(run), *TINY, "--epochs", "5", "--max-steps", "4"])
@@ -275,10 +579,11 @@ def torchrun(run, *options, **given):
 
 
 def test_two_processes_are_one_of_the_doubled_batch(tmp_path):
-    """17 pictures: the last batch holds one, and one of the two processes nothing."""
+    """17 pictures, 2 + 3 crops of each: the last batch holds one, and one of the two processes nothing."""
     runs = [write_run(tmp_path / name, N=19) for name in "ab"]
-    process = torchrun(runs[0], "--batch", "4", "--epochs", "2")
-    dino.main(["--run", str(runs[1]), *TINY, "--epochs", "2"])
+    options = ("--epochs", "2", "--local-crops", "3")
+    process = torchrun(runs[0], "--batch", "4", *options)
+    dino.main(["--run", str(runs[1]), *TINY, *options])
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert out.count("codes:") == 1 and not list(runs[0].glob("*.partial"))
