@@ -380,8 +380,9 @@ def whiten(x):
 
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
-# Three numbers instead of a vector: its nearest centroid, the centroid nearest to what that leaves,
-# and once more. A fourth number tells apart the items that share all three.
+# A codebook holds K centroids. Three numbers stand for a vector: its nearest centroid in the first
+# codebook, the centroid of the second that is nearest to what the first one leaves, and once more.
+# A fourth number tells apart the items that share all three.
 
 
 def codebook_size(N):
@@ -397,35 +398,36 @@ def nearest(x, codebook):
     half_norm = codebook.square().sum(1) / 2                        # (K,)
     codes = []
     for part in x.split(4096):  # few enough rows to stay in the processor's cache
-        score = torch.addmm(half_norm, part, codebook.T, alpha=-1)  # (part, K)
+        score = half_norm - part @ codebook.T                       # (part, K)
         codes.append(score.argmin(1))                               # (part,)
     return torch.cat(codes)                                         # (n,)
 
 
 def kmeans(x, K, rng, steps=15):
-    """Lloyd's algorithm: each vector goes to its nearest centroid, each centroid to their mean.
+    """Lloyd's algorithm: vectors join the nearest centroid, centroids move to their members' mean.
 
     x: (n, d), rng: torch.Generator -> codebook (K, d)
     """
-    # 1,024 vectors a centroid find it as well as more would. Fewer than K vectors are repeated.
+    # 1,024 vectors a centroid find it as well as more would. Fewer than K vectors are repeated:
+    # of 3 vectors and K = 5, the order 4 1 0 3 2 takes the vectors 1 1 0 0 2.
     order = torch.randperm(max(len(x), K), generator=rng)           # (max(n, K),)
     x = x[order[:1024 * K] % len(x)]                                # (sample, d)
 
     codebook = x[:K]                                                # (K, d)
     for _ in range(steps):
         codes = nearest(x, codebook)                                # (sample,)
-        members = torch.bincount(codes, minlength=K).unsqueeze(1)   # (K, 1)
+        members = torch.bincount(codes, minlength=K)                # (K,)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)   # (K, d)
 
         # A centroid without members restarts at the vector that is served worst.  [8]
-        empty = (members[:, 0] == 0).nonzero()[:, 0]                # (empty,)
+        empty = (members == 0).nonzero()[:, 0]                      # (empty,)
         if len(empty):
             error = (x - codebook[codes]).square().sum(1)           # (sample,)
             worst = error.topk(len(empty)).indices                  # (empty,)
             sums[empty] = x[worst]                                  # (empty, d)
-            members[empty] = 1                                      # (empty, 1)
+            members[empty] = 1                                      # (empty,)
 
-        codebook = sums / members                                   # (K, d)
+        codebook = sums / members.unsqueeze(1)                      # (K, d)
     return codebook
 
 
@@ -483,7 +485,7 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
-    # Without a vector an item gets a random place in the tree: it may still be a target.
+    # An item without a vector gets random codes: it may still be a target.
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
 
     # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
@@ -491,28 +493,33 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     prefix[0] = -1  # padding shares its place with nobody
 
     # Level 4 has room for K items. Of a fuller prefix those move that are served worst.  [10]
-    best_served = residual.square().sum(1).argsort(stable=True)     # (N+1,)
-    moved = number_in_group(prefix, best_served) >= K               # (N+1,)
-    redistribute(codes, prefix, moved, embeddings, codebooks)
+    best_served_first = residual.square().sum(1).argsort(stable=True)  # (N+1,)
+    moved = number_in_group(prefix, best_served_first) >= K         # (N+1,)
+    if moved.any():
+        redistribute(codes, prefix, moved, embeddings, codebooks)
 
     # Items of one prefix are numbered, the most bought first, so that 0 is the likeliest.  [9]
-    most_bought = (-train_counts.long()).argsort(stable=True)       # (N+1,)
-    collision = number_in_group(prefix, most_bought)                # (N+1,)
+    most_bought_first = (-train_counts.long()).argsort(stable=True)  # (N+1,)
+    collision = number_in_group(prefix, most_bought_first)          # (N+1,)
     codes = torch.cat([codes, collision.unsqueeze(1)], 1)           # (N+1, L)
     codes[0] = -1
 
     _, sharing = prefix[known].unique(return_counts=True)           # (prefixes,)
     alone = (sharing == 1).sum() / known.sum().clamp(1)             # ()
-    print(f"codes: K = {K}, {alone:.0%} of the items are alone after level 3")
+    used = [len(level.unique()) for level in codes[1:].T]           # one number a level
+    print(f"codes: K = {K}, in use at each level {used}; {alone:.0%} of the known items are alone "
+          f"after level 3, {moved.sum()} were moved")
     return codes.to(torch.int16), moved.sum().item()
 
 
 def redistribute(codes, prefix, moved, embeddings, codebooks):
-    """Empty-leaf redistribution: each item in `moved` walks down the tree once more, at each level
-    into the nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
+    """The paper's "empty-leaf redistribution": items of a full prefix find another with room.
+
+    Each item in `moved` (N+1,) walks down the tree of prefixes once more, at each level into the
+    nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
     """
-    # The tree of prefixes as one flat array of counts a level: entry p of behind[l] is the number
-    # of items behind the prefix p of l + 1 codes. The K branches of a node p are p K .. p K + K-1.
+    # Entry p of behind[l] counts the items behind the prefix p of l + 1 codes. Were K = 10, then
+    # behind[1][31] would be the items whose codes begin 3 1, with the branches 310, 311, .. 319.
     K = codebooks.shape[1]
     stays = prefix[1:][~moved[1:]]                                  # (stays,)
     behind = [torch.bincount(stays // (K * K), minlength=K),        # (K,)
@@ -523,8 +530,8 @@ def redistribute(codes, prefix, moved, embeddings, codebooks):
         residual = embeddings[item]                                 # (d,)
         node = 0  # the root
         for l, codebook in enumerate(codebooks):
-            branches = behind[l][node * K:(node + 1) * K]           # (K,)
-            full = branches == K ** (3 - l)                         # (K,)
+            branches = behind[l][node * K:(node + 1) * K]           # (K,) a view
+            full = branches == K ** (3 - l)                         # (K,) no room behind it
             distance = (residual - codebook).square().sum(1)        # (K,)
             k = distance.masked_fill(full, math.inf).argmin().item()
             branches[k] += 1
@@ -657,7 +664,7 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
