@@ -3,11 +3,14 @@
 DINO trains a student to say of one crop of a picture what a teacher, the student's running
 average, says of another: no labels. Here a residual quantiser sits between the student's ViT and
 head, so that three codes must carry the answer (MSCGRec, arXiv 2602.03713, the image modality):
-L = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2.
+loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2;  r_0 = z, the ViT's vector;
+r_l = r_{l-1} - C_l[c_l], with C_l the codebook and c_l the code of level l; sg: no gradient passes.
 
     python 03_dino_quantizer.py                    # after 01_data.py
     python 03_dino_quantizer.py --plain            # control: DINO, then residual k-means
     torchrun --nproc_per_node=2 -- 03_dino_quantizer.py  # several GPUs
+
+Numbers in brackets, as [14], are the details that tests/README.md lists.
 
 letters  B pictures in a batch, b pictures of it in this process, V views of a picture,
          S side of a picture, s patches along a side, E width of the model, H heads,
@@ -18,13 +21,13 @@ reads   data.pt, images.pt
 writes  dino.pt
           teacher           dict                    backbone.* (public names: for --init), head.*
           losses            float32 (epochs)        L_DINO, nats
-          teacher_entropy   float32 (epochs)        nats; near log O: collapse
+          teacher_entropy   float32 (epochs)        nats; near log O or 0: collapse
           seconds           float                   of training
           options           dict                    the options of this run
         image_codes.pt
           codes             int16 (N+1, L)          row 0 = -1; level 4 separates collisions
-          codebooks         float32 (3, K, d)       d: width of the ViT
-          embeddings        float32 (N+1, d)        standardised; zero where there is no picture
+          codebooks         float32 (3, K, d)       d: width of the ViT; 1 without pictures
+          embeddings        float32 (N+1, d)        mean 0, one scale for all; zero if unknown
           known             bool (N+1)              the item has a picture
           moved             int                     items that redistribution moved
 
@@ -58,12 +61,14 @@ DEAD = 0.05                   # with fewer members a batch, on average, a centro
 STUDENT_TEMP = 0.1            # tau_s: outputs are divided by it before the softmax
 CENTER_MOMENTUM = 0.9         # what stays of the center in a step
 BETA = 0.25                   # weight of the commitment term
-LR = 1e-3                     # largest learning rate of AdamW
+LR = 1e-3                     # learning rate of AdamW, before warm-up and cosine
 CLIP = 3.0                    # largest norm of the gradient
 
 
 # --- Views of a picture --------------------------------------------------------------------------
-# DINO learns what the crops of a picture have in common. Whatever it should not care about (which
+# A view is a crop, changed in light and colour. Two global ones show most of a picture, and the
+# teacher sees these alone; local ones show a small part, and only the student sees them.
+# DINO learns what the views of a picture have in common. Whatever it should not care about (which
 # part is seen, which way round, in which light) is therefore left to chance in each of them.
 
 
@@ -85,14 +90,16 @@ def crops(x, size, scale, draws):
     # The view shows a window of the picture. If the window has `side` times the picture's width and
     # height, it has side^2 of its area: the smallest share at area = -1, the largest at 1.
     smallest, largest = scale
-    share = (smallest + largest + (largest - smallest) * area) / 2  # (n,)
+    both = smallest + largest
+    share = (both + (largest - smallest) * area) / 2                # (n,)
     side = share.sqrt()                                             # (n,)
 
-    # Then it is stretched, up to width / height = 3/4 or 4/3. Coordinates run from -1 (left, top)
-    # to 1 (right, bottom): in them half the width of the picture is 1, and that of the window:
-    ratio = (4 / 3) ** (stretch / 2)                                # (n,)
-    half = torch.stack([side * ratio, side / ratio], 1)             # (n, 2): of width, of height
-    half = half.clamp(max=1)                                        # (n, 2)
+    # Then it is stretched, up to width / height = 3/4 or 4/3, of which `root` is the square root.
+    # Coordinates run from -1 (left, top) to 1 (right, bottom): in them half the width of the
+    # picture is 1, and that of the window is:
+    root = (4 / 3) ** (stretch / 2)                                 # (n,)
+    half = torch.stack([side * root, side / root], 1)               # (n, 2): of width, of height
+    half = half.clamp(max=1)  # not beyond the picture              # (n, 2)
 
     # At left = -1 the window lies at the picture's left edge, at 1 at its right; top likewise.
     middle = (1 - half) * torch.stack([left, top], 1)               # (n, 2)
@@ -109,6 +116,7 @@ def crops(x, size, scale, draws):
     middle = middle[:, None, None]                                  # (n, 1, 1, 2)
     half = half[:, None, None]                                      # (n, 1, 1, 2)
     points = middle + half * places                                 # (n, size, size, 2)
+    # A point within half a pixel of the picture's edge has the colour of the edge.
     x = F.grid_sample(x, points, padding_mode="border", align_corners=False)  # (n, 3, size, size)
 
     # A pixel is the mean of its view + what its own grey adds + what its colour adds. Saturation
@@ -143,13 +151,13 @@ def make_views(pictures, draws, size, patch):
 
 # --- The ViT -------------------------------------------------------------------------------------
 # A picture is cut into patches, each patch is a token, and one more token, [CLS], gathers what all
-# of them show. Attention is written by hand here, with the names of the public release
-# (facebookresearch/dino), so that its checkpoints load; in 02 it is PyTorch's own, fused, for
-# speed, and in 05 it has caches, for the search.
+# of them show. The names are those of the public release (facebookresearch/dino), so that its
+# checkpoints load. Attention is written by hand here, to be read; in 02 it is PyTorch's own, which
+# is fused and faster, and in 05 it has learnt biases, and caches for the search.
 
 
 def number_of_heads(E):
-    """H: 64 coordinates a head, which is right for every public ViT, and at least 3 heads."""
+    """H: 64 coordinates a head, as in the ViTs of the public release, but at least 3 heads."""
     return max(3, E // 64)
 
 
@@ -226,8 +234,9 @@ def resample(pos_embed, side):
 
     pos_embed: (1, 1 + s*s, E), that of [CLS] first -> (1, 1 + side*side, E)
     """
-    s = math.isqrt(pos_embed.shape[1] - 1)
-    grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (s, s))    # (1, E, s, s)
+    stored = math.isqrt(pos_embed.shape[1] - 1)  # s
+    grid = pos_embed[:, 1:].transpose(1, 2)                         # (1, E, s*s)
+    grid = grid.unflatten(2, (stored, stored))                      # (1, E, s, s)
     grid = F.interpolate(grid, (side, side), mode="bicubic")        # (1, E, side, side)
     grid = grid.flatten(2).transpose(1, 2)                          # (1, side*side, E)
     return torch.cat([pos_embed[:, :1], grid], 1)                   # (1, 1 + side*side, E)
@@ -326,7 +335,8 @@ class ResidualQuantiser(nn.Module):
         self.register_buffer("members", members)                    # (3, K) how many
 
     def forward(self, z):
-        """z: (n, d) -> z_q (n, d); commitment (), sum_l ||r_{l-1} - sg(C_l[c_l])||^2 of all n"""
+        """z: (n, d) -> z_q (n, d), commitment sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d of all n ()"""
+        # Codes have no gradient: nothing need be remembered for it.
         codes, _ = quantise(z.detach(), self.codebooks)             # (n, 3)
         chosen = []
         for codebook, code in zip(self.codebooks, codes.T):
@@ -455,7 +465,7 @@ def teacher_temperature(done):
 
 
 def teacher_momentum(done, steps):
-    """m, what stays of the teacher in a step: from .996, as published, to 1.
+    """m, what stays of the teacher in a step. It rises to 1; published: from .996.
 
     With .996 it is an average of about 250 steps. A run of few steps averages over a 25th of them.
     """
@@ -465,7 +475,7 @@ def teacher_momentum(done, steps):
 
 
 def make_optimizer(student):
-    """AdamW. Its first group, the matrices, decays; the second, biases and norms, does not."""
+    """AdamW; each step sets its rates. Matrices decay, biases and norms (second group) do not."""
     matrices = [weight for weight in student.parameters() if weight.ndim > 1]
     vectors = [weight for weight in student.parameters() if weight.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -481,15 +491,16 @@ def set_rates(optimizer, done):
 
 
 # --- One step of training ------------------------------------------------------------------------
-# add_up, gather and backward let several processes share a batch. They stand further below; where
-# there is one process, add_up and gather change nothing and backward is loss.backward().
+# add_up, gather and backward let several processes share a batch: add_up stands at the end of the
+# file, the other two in the next section. Where there is one process, add_up and gather change
+# nothing, and backward is loss.backward().
 
 
 def train_step(student, replica, teacher, center, optimizer, views, B, step, steps, epoch, rng):
     """Step number `step` of `steps`. Changes student, teacher, center (O,) and optimizer in place.
 
-    replica: the student, as several processes train it; views: global crops (2, b, 3, S, S), local
-    ones (V-2, b, 3, local, local); B: pictures in the batch, with those of other processes
+    replica: the student, as several processes train it; views: global crops (2, b, 3, size, size),
+    local ones (V-2, b, 3, local, local); B: pictures in the batch, with those of other processes
     -> L_DINO and the entropy of p_t, nats, means over the batch (2,)
     """
     global_crops, local_crops = views
@@ -510,7 +521,7 @@ def train_step(student, replica, teacher, center, optimizer, views, B, step, ste
     l_dino = dino_loss(p_t, logits) / B                             # ()
 
     # The second term commits z to the centroids that were chosen, a mean over views and pictures:
-    # L = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2
+    # loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d
     loss = l_dino + BETA * commitment / (V * B)                     # ()
     optimizer.zero_grad()
     backward(loss)
@@ -589,22 +600,24 @@ def backward(loss):
 
 # --- Reading codes -------------------------------------------------------------------------------
 # Whole pictures, as they are, go through the teacher's ViT, which is the steadier of the two, and
-# the student's codebooks cut what it says into codes.
+# codebooks that are fitted to what it says cut that into codes.
 
 
 @torch.no_grad()
 def embed(vit, images, items):
     """[CLS] of whole pictures. images: uint8 (N+1, 3, S, S), items: (n,) -> (n, E)"""
     vectors = []
-    for part in items.split(256):
-        x = images[part].to(vit.cls_token.device) / 255             # (256, 3, S, S)
-        x = F.interpolate(x, (vit.size, vit.size), mode="bilinear", antialias=True)
-        vectors.append(vit(x))                                      # (256, E)
+    for part in tqdm(items.split(256), "whole pictures", leave=False, disable=None):
+        pictures = images[part].to(vit.cls_token.device) / 255      # (256, 3, S, S)
+        pictures = F.interpolate(pictures, (vit.size, vit.size), mode="bilinear",
+                                 antialias=True)                    # (256, 3, size, size)
+        vectors.append(vit(pictures))                               # (256, E)
     return torch.cat(vectors)                                       # (n, E)
 
 
 def standardise(z, codebooks):
-    """z with mean 0 and variance 1. One scale for all coordinates leaves every code as it is.
+    """z with mean 0, and variance 1 on average over the coordinates: 05 starts its tokens from the
+    centroids. One scale for all coordinates leaves every code as it is.
 
     z: (n, d), codebooks: (3, K, d) -> the two anew
     """
@@ -632,7 +645,8 @@ def read_image_codes(student, teacher, images, data, rng):
             codebooks = residual_kmeans(z.cpu(), K, rng)            # (3, K, d)
         else:
             # Ours: ten steps of k-means (decay 0: nothing old stays) take the codebooks from the
-            # student's crops to the teacher's whole pictures.
+            # student's crops to the teacher's whole pictures. Where they start is the student's,
+            # and the ViT has learnt to lie near such centroids.
             for _ in range(10):
                 student.quantiser.update(z, rng, decay=0)
             codebooks = student.quantiser.codebooks.cpu()           # (3, K, d)
@@ -827,17 +841,18 @@ def options(argv):
     add("--plain", action="store_true", help="no quantiser in training, k-means afterwards")
     add("--init", help="file of ViT weights to start from; sets width, depth, patch")
     add("--epochs", type=int, default=8, help="passes over the pictures")
-    add("--batch", type=int, default=32, help="pictures a step")
+    add("--batch", type=int, default=32, help="pictures a step, of each process")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on cuda")
     add("--width", type=int, default=96, help="E: width of the ViT")
     add("--depth", type=int, default=4, help="blocks of the ViT")
     add("--crop-size", type=int, default=0, help="pixels along a global crop; 0: as stored")
     add("--local-crops", type=int, default=2, help="crops of half that size, for the student only")
     add("--out-dim", type=int, default=1024, help="O: prototypes of the head")
-    known, _ = parser.parse_known_args(argv)
-    if known.smoke:
+    # --smoke changes defaults only: what is given on the command line outweighs it.
+    given, _ = parser.parse_known_args(argv)
+    if given.smoke:
         parser.set_defaults(epochs=1, width=24, depth=1, out_dim=64)
     args = parser.parse_args(argv)
 
@@ -856,10 +871,11 @@ def options(argv):
 
 
 def main(argv=None):
+    """Trains the ViT with its quantiser, then writes both, and every item's image codes."""
     args = options(argv)
     run = Run(args.run)
     args.rank, args.world = join(run)
-    rng = torch.manual_seed(args.seed)  # the generator of every draw
+    rng = torch.manual_seed(args.seed)  # torch's own generator, which draws the weights too
 
     images = run.load("images.pt", "01_data.py", mmap=True)["images"]  # (N+1, 3, S, S)
     data = run.load("data.pt", "01_data.py")
@@ -893,14 +909,15 @@ def build(images, items, K, args, rng):
     if args.init:
         vit = load_backbone(args.init, size)
     else:
-        patch = max(1, size // 8)  # 64 patches: the same cost for any picture size
+        patch = max(1, size // 8)  # 64 patches where 8 divides the size: the same cost for any
         check_sizes(size, patch, args.width)
         vit = VisionTransformer(size, patch, args.width, args.depth)
     E = vit.cls_token.shape[2]
     student = Model(vit, Head(E, args.out_dim), args.bf16).to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
 
-    # The student's quantiser begins as k-means of what its ViT says now.
+    # The student's quantiser begins as k-means of what its ViT says now: 16 vectors a centroid
+    # are enough to begin with.
     if len(items) and not args.plain:
         order = torch.randperm(len(items), generator=rng)           # (n,)
         first = items[order[:16 * K]]                               # (16K,)
@@ -918,7 +935,7 @@ def train(student, teacher, images, items, run, args, rng):
     state = resume(run, "dino.checkpoint", args,
                    student=student, teacher=teacher, optimizer=optimizer)
     center = state.get("center", torch.zeros(args.out_dim)).to(args.device)  # (O,)
-    curves = state["losses"]
+    curves = state["losses"]  # of each epoch L_DINO and the entropy (2,)
     began = time.time() - state["seconds"]
 
     replica = replicate(student)
@@ -937,15 +954,15 @@ def train(student, teacher, images, items, run, args, rng):
         if args.max_steps:
             batches = batches[:args.max_steps]
 
-        sums = torch.zeros(2)
+        means = torch.zeros(2)                                      # (2,)
         for step, batch in enumerate(batches, epoch * epoch_steps):  # batch: (B,)
             views = views_of(batch, images, V, student.backbone, rng)
             losses = train_step(student, replica, teacher, center, optimizer, views,
                                 len(batch), step, steps, epoch, rng).cpu()  # (2,)
             if not losses.isfinite().all():
-                checkpoint = run.folder / "dino.checkpoint"
-                fail(f"step {step}: the loss is no number; whole epochs: {checkpoint}")
-            sums += losses / epoch_steps
+                fail(f"step {step}: the loss is no number; whole epochs, if any, are in "
+                     f"{run.folder / 'dino.checkpoint'}.")
+            means += losses / epoch_steps                           # (2,)
             bar.set_postfix_str(f"loss {losses[0]:.2f}, entropy {losses[1]:.2f}", refresh=False)
             bar.update()
 
@@ -955,8 +972,8 @@ def train(student, teacher, images, items, run, args, rng):
             hours = seconds / 3600 * epoch_steps / len(batches)
             print(f"{len(batches)} steps; an epoch has {epoch_steps:,}: {hours:.3g} hours")
             return torch.zeros(0, 2), seconds
-        curves.append(sums)
-        print_epoch(epoch, sums, args.epochs)
+        curves.append(means)
+        print_epoch(epoch, means, args.epochs)
         run.save({
             "student": student.state_dict(),
             "teacher": teacher.state_dict(),
@@ -970,12 +987,12 @@ def train(student, teacher, images, items, run, args, rng):
     return torch.stack(curves), time.time() - began
 
 
-def print_epoch(epoch, sums, epochs):
+def print_epoch(epoch, means, epochs):
     """A line for the first, each tenth and the last epoch; of a short run for each eighth of it."""
     every = min(10, math.ceil(epochs / 8))
     number = epoch + 1
     if number == 1 or number % every == 0 or number == epochs:
-        loss, entropy = sums.tolist()
+        loss, entropy = means.tolist()
         # Cross-entropy = entropy + KL: how unsure the teacher is, how far the student is from it.
         print(f"epoch {number}: loss {loss:.2f} = entropy of p_t {entropy:.2f} + KL", flush=True)
 
