@@ -614,7 +614,7 @@ def beam_search(model, trie, history, beam):
         # Each beam's newest code goes in alone, and asks for all codes so far.
         newest = token.unsqueeze(2)                                 # (B, beams, 1)
         bias = model.self_bias[:, l:l + 1, :l + 1]                  # (H, 1, l+1)
-        at_level = cross_bias[:, l:l + 1]                           # (H, 1, T * M)
+        at_level = cross_bias[:, l:l + 1]                           # (H, 1, T * M), all beams
         x = model.decode(newest, bias, memory, at_level, caches)    # (B, beams, 1, E)
 
         # log p(k | prefix): a softmax over the children of each beam's node.  [19]
