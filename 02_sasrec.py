@@ -534,8 +534,8 @@ def options(argv):
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
     add("--top", type=int, default=20, help="items recommended to a user")
     # --smoke changes defaults only: what is given on the command line outweighs it.
-    known, _ = parser.parse_known_args(argv)
-    if known.smoke:
+    given, _ = parser.parse_known_args(argv)
+    if given.smoke:
         parser.set_defaults(epochs=2, width=16, layers=1)
     args = parser.parse_args(argv)
     check(args)
@@ -602,11 +602,12 @@ def build(run, data, args):
     uniform = math.log(N)
     if args.loss == "bce":
         uniform = 2 * math.log(2)
-    print(f"{args.name}: {parameters(model):,} parameters; a uniform guess has loss {uniform:.3f}")
+    print(f"{args.name}: {count_parameters(model):,} parameters; "
+          f"a uniform guess has loss {uniform:.3f}")
     return model.to(args.device)
 
 
-def parameters(model):
+def count_parameters(model):
     """How many numbers the model has. -> int"""
     return sum(weight.numel() for weight in model.parameters())
 
@@ -688,8 +689,8 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         total += train_step(model, replica, optimizer, lr, events, log_q, args)
         targets += len(batch) * (len(place) - 1)
         if not math.isfinite(total):
-            fail(f"step {state['step']}: the loss is no number, lower --lr; whole epochs are in "
-                 f"{args.name}.checkpoint.")
+            fail(f"step {state['step']}: the loss is no number: start over with a lower --lr and "
+                 "--fresh.")
 
     if args.max_steps:
         hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
@@ -719,7 +720,7 @@ def train_step(model, replica, optimizer, lr, events, log_q, args):
     (loss / args.batch).backward()
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return loss.item()
 
 
@@ -752,8 +753,8 @@ def write_recommendations(model, state, run, data, args):
         "test": test,
         "scores": scores,
         "seconds": seconds,
-        "parameters": parameters(model),
-        "bytes": 4 * parameters(model),
+        "parameters": count_parameters(model),
+        "bytes": 4 * count_parameters(model),
         "peak_memory": peak_memory(args.device),
         "options": vars(args),
     }, f"predictions-{args.name}-s{args.seed}.pt")

@@ -2,30 +2,34 @@
 
 An item of the history is M = D * L tokens: its image, text and collaborative codes. An encoder
 reads them, and a decoder writes the L codes c_1 .. c_L of the next item in one of the modalities,
-one after another. Its scores z_l of code l only compete with the codes A(c_<l) that continue a
-prefix to some real item (constrained sequence learning; MSCGRec, arXiv 2602.03713), in training
+one after another. With z_l its scores of the codes of level l, code c_l competes only with A(c_<l):
+the codes that lead from those before it, c_<l, on to some real item (constrained sequence
+learning; MSCGRec, arXiv 2602.03713), in training
 
     loss = - sum_l [ z_l(c_l) - log sum_{k in A(c_<l)} exp z_l(k) ]
 
-and in beam search, which finds the likeliest items. Left out of T5: an output tied to the token
-embeddings, and half of its dropout.
+and in beam search, which finds the likeliest items. Unlike T5: an item sees no later one,
+cross-attention has biases too, distances have no buckets; the output is not tied to the token
+embeddings, attention weights and the inside of the feed-forward layers have no dropout.
 
     python 05_generator.py                                               # MSCGRec
     python 05_generator.py --name tiger --modalities text --target text  # TIGER-like: text alone
     python 05_generator.py --history "part of a title; another title"    # and then? history.png
     torchrun --nproc_per_node=2 -- 05_generator.py                       # several GPUs
 
+Numbers in brackets, as [18], are the details that tests/README.md lists.
+
 letters  B users in a batch, T items of history, D modalities that a history shows,
          L codes of an item in one modality, K values of a code, M = D * L tokens of an item,
          N items, U users, W windows cut from histories, E width of the model, H heads,
-         Q places of a history that ask at once, d width of a vector that is cut into codes,
+         Q items written at once for a user, d width of a vector that is cut into codes,
          l level of a code, k code, S side of a picture
-reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
+reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt; with --history images.pt
 writes  generator-mscgrec.pt
           weights      dict                 the best epoch's parameters, by name
           losses       float32 (epochs, L)  mean training loss of each code, nats
           ndcg         float32 (epochs)     validation NDCG@10
-          seconds      float                of training
+          seconds      float                of training and validation
           options      dict                 the options of this run
         predictions-mscgrec-s0.pt           as 06_eval.py describes
 
@@ -57,11 +61,12 @@ except ImportError:  # Windows
     resource = None
 
 TOKEN_SCALE = 0.3        # standard deviation of the token embeddings at the start
-FARTHEST = 31            # items; all that lie farther back share one bias
+FARTHEST = 31            # items; all that lie so far back or farther share one bias
 WARM_UP = 0.04           # share of the training in which the learning rate rises to --lr
 WEIGHT_DECAY = 0.01      # of AdamW
 CLIP = 1.0               # a gradient that is longer is shortened to this
 VALIDATION_USERS = 2000  # at the most; their validation events decide which epoch is the best
+RANKED_EVENTS = 1024     # of histories that are searched at once, about
 
 
 # --- Data: pieces of histories, cut from the flat array of events (the same text in 02 and 05) ---
@@ -149,7 +154,7 @@ class Trie:
     codes: int (N+1, L) of the modality that is written, row 0 unused; K: values of a code
 
     edges[l]    int64 (nodes of level l+1,)       what leads from level l to level l+1, see below
-    allowed[l]  uint8 (nodes of level l, K / 8)   A(c_<l) of each node, one bit a code
+    allowed[l]  uint8 (nodes of level l, K / 8)   A(c_<l) of each node, one bit a code: see pack
     path        int64 (N+1, L)                    the node of an item's first l codes, l = 0..L-1
     leaf_item   int64 (N,)                        the item of each leaf
     """
@@ -170,9 +175,9 @@ class Trie:
         for l in range(self.L):
             path[1:, l] = node
 
-            # Code k leads from node n along the edge n * K + k: a number of two digits in base K.
-            # In the tree above, with K = 10, level 0 has the edges 0 and 7, and level 1, whose
-            # nodes are 0 and 1, has the edges 02, 05 and 12. Sorted, edge i leads to node i.
+            # Code k leads from node n along the edge n * K + k, whose last digit in base K is k. In
+            # the tree above, with K = 10, level 0 has the edges 0 and 7, and level 1, whose nodes
+            # are 0 and 1, has the edges 02, 05 and 12. Sorted, edge i leads to node i.
             edge = node * K + codes[1:, l]                          # (N,)
             edges, node = edge.unique(return_inverse=True)          # (nodes below,), (N,)
             self.edges.append(edges.to(device))
@@ -200,6 +205,7 @@ class Trie:
         node: (...) -> (..., K)
         """
         packed = self.allowed[l][node].int()                        # (..., K / 8)
+        # `embedding` looks up rows: a byte is the number of its row in log_bits.
         bits = F.embedding(packed, self.log_bits)                   # (..., K / 8, 8)
         return bits.flatten(-2)[..., :self.K]                       # (..., K)
 
@@ -212,7 +218,7 @@ class Trie:
 
 
 # Why bits: `allowed` has a byte for each yes or no. A million items with K = 256 have about as many
-# nodes on the last level, so 256 MB, looked up at random. Eight yes or no fit in a byte: 32 MB.
+# nodes above the leaves, so 256 MB, looked up at random. Eight yes or no fit in a byte: 32 MB.
 
 
 def pack(allowed):
@@ -256,9 +262,10 @@ def code_losses(logits, items, trie, constrained=True):
 class RelativeBias(nn.Module):
     """b1[s - t] + b2[i, j], added to the score of a query for a key, a table for each head. [20]
 
-    s and t are the places of their items in the history. i and j are their slots: which modality
-    and level, of the D * L inside an item (the decoder's queries have L slots). A query sees no
-    later item: there the bias is -inf. [23] So one pass trains on all prefixes of a history.
+    s is the query's place in the history, t the key's; a query of the decoder has the place after
+    which its item comes. i and j are their slots: which modality and level, of the D * L inside an
+    item (the decoder's queries have L slots). A query sees no later item: there the bias is -inf.
+    So one pass trains on all prefixes of a history.  [23]
     """
 
     def __init__(self, H, query_slots, key_slots):
@@ -287,8 +294,8 @@ class RelativeBias(nn.Module):
 class Attention(nn.Module):
     """softmax(q k^T + bias) v in each of H heads: n tokens ask, m tokens answer.
 
-    By hand, where 02 calls torch's fused function: a learnt bias is added to the scores, and beam
-    search keeps the keys and values of earlier codes. (03: by hand, with a public model's names.)
+    By hand, to show where the bias comes in; 02 calls torch's fused function, which would give the
+    same here with attn_mask=bias and scale=1. (03: by hand, with a public model's names.)
     """
 
     def __init__(self, E, H, head):
@@ -377,7 +384,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x, bias, memory, cross_bias, cache=None):
         """x: (B, Q, l, E), l codes of each item; bias: (H, l, l); memory: keys and values of the
-        history, both (B, H, T * M, head); cross_bias: (H, Q * l, T * M) -> (B, Q, l, E)
+        history, both (B, H, T * M, head); cross_bias: (H, Q * l, T * M), or broadcast to it
+        -> (B, Q, l, E)
 
         cache: only in beam search, see there. Then x and bias are of the newest code alone.
         """
@@ -407,7 +415,8 @@ def centroid_embeddings(codebooks, E):
     """Embeddings for the codes of a modality: similar codes start with similar embeddings. [22]
 
     A centroid has d numbers, an embedding E. Along their principal directions the centroids differ
-    most, so the first E of these coordinates keep most of what tells the centroids apart.
+    most, so the first E of these coordinates keep most of what tells the centroids apart. The last
+    of the L codes only numbers items that share the others: it has no centroid, and a random start.
     codebooks: (3, K, d) -> (3 * K, E), code k of level l in row l * K + k
     """
     centroids = codebooks.flatten(0, 1).float()                     # (3K, d)
@@ -421,7 +430,7 @@ def centroid_embeddings(codebooks, E):
 def hidden_modalities(history, D, masking):
     """Which modality of which item is hidden in this step, as if the item lacked it.
 
-    A share `masking` of the items hides one modality, so that the others must do.
+    A share `masking` of the items hides one modality, so that the model learns to do without it.
     history: (B, T) -> bool (B, T, D)
     """
     device = history.device
@@ -434,10 +443,11 @@ def hidden_modalities(history, D, masking):
 class Generator(nn.Module):
     """The encoder-decoder.
 
-    sources: what the file of each modality holds, by its name: codes (N+1, L), known (N+1,),
-    codebooks (3, K, d), with a K of its own; modalities: the names of the D that a history shows;
-    target: the name of the one that is written, which may be another one;
-    size: its width, heads, head, inner, layers, dropout count.
+    sources: what the file of each modality holds, by its name: codes (N+1, L); known (N+1,), has
+    the item this modality?; codebooks (3, K, d), with a K of its own
+    modalities: the names of the D that a history shows
+    target: the name of the one that is written, which may be another one
+    size: an object with the numbers width, heads, head, inner, layers, dropout (the options)
     """
 
     def __init__(self, sources, modalities, target, size):
@@ -459,8 +469,8 @@ class Generator(nn.Module):
         self.dropout = nn.Dropout(size.dropout)
         self.encoder_bias = RelativeBias(H, D * L, D * L)
         self.cross_bias = RelativeBias(H, L, D * L)
-        # A third table, between the levels of the item that is written. T5 has its distances there
-        # as well; with L codes a table of all pairs is as small (ours).
+        # Among the codes of the item that is written there is no distance of items: its attention
+        # has a table for pairs of levels. (T5 has its distances there; ours.)
         self.self_bias = nn.Parameter(torch.zeros(H, L, L))
         self.encoder = nn.ModuleList(EncoderLayer(size) for _ in range(size.layers))
         self.decoder = nn.ModuleList(DecoderLayer(size) for _ in range(size.layers))
@@ -485,7 +495,7 @@ class Generator(nn.Module):
             tokens[name] = level + source["codes"].long()           # (N+1, L)
             self.first_token[name] = rows
             rows += L * K
-            if name == target:
+            if name == target:  # for the search: code k of level l is token target_level[l] + k
                 self.register_buffer("target_level", level, persistent=False)
 
         masks = rows + torch.arange(len(modalities))                # (D,)
@@ -527,7 +537,7 @@ class Generator(nn.Module):
         return [layer.cross_attention.keys_values(x) for layer in self.decoder]
 
     def decode(self, tokens, bias, memory, cross_bias, caches):
-        """The decoder. tokens: (B, Q, l), caches: one a layer, or None -> (B, Q, l, E)"""
+        """The decoder. tokens: (B, Q, l), caches: for each layer one or None -> (B, Q, l, E)"""
         x = self.dropout(self.tokens(tokens))                       # (B, Q, l, E)
         for layer, of_layer, cache in zip(self.decoder, memory, caches):
             x = layer(x, bias, of_layer, cross_bias, cache)         # (B, Q, l, E)
@@ -562,8 +572,9 @@ class Generator(nn.Module):
 
 
 # --- Beam search: the likeliest items ------------------------------------------------------------
-# log p(item) = sum_l log p(c_l | c_<l), with the softmax of the training. It would take N such sums
-# to rank all items. The search walks down the tree instead, and keeps the best prefixes, the beams.
+# log p(item) = sum_l log p(c_l | c_<l), with the softmax over the children. It would take N such
+# sums to rank all items. The search walks down the tree instead, and keeps the best prefixes, the
+# beams.
 
 
 class Cache:
@@ -597,8 +608,8 @@ class Cache:
 def beam_search(model, trie, history, beam):
     """The `beam` likeliest items after each history, best first; exact where beam >= N.
 
-    history: items (B, T) -> items (B, beam), log-probabilities (B, beam); 0 and -inf where the
-    catalogue has fewer items
+    history: items (B, T) -> items (B, beams), log-probabilities (B, beams): beams = `beam`, or K^L
+    where that is less; item 0 and -inf where the catalogue has fewer items
     """
     B, T = history.shape
     device = history.device
@@ -638,7 +649,8 @@ def beam_search(model, trie, history, beam):
 
 
 # --- Ranking -------------------------------------------------------------------------------------
-# What users had before is not taken out of their lists, as with other generators: see the README.
+# What users had before is not taken out of their lists, as in most papers on codes (what that
+# costs: tests/README.md).
 
 
 def recommend(model, trie, data, split, users, args):
@@ -653,17 +665,21 @@ def recommend(model, trie, data, split, users, args):
     items = torch.zeros(len(users), args.beam, dtype=torch.int32)   # (n, beam)
     scores = torch.zeros(len(users), args.beam)                     # (n, beam)
 
-    torch.manual_seed(0)  # the same batches in all processes, also where a stopped run goes on
-    batches = equal_length_batches(length, 1024)
+    # All processes must cut the same batches, and a run that goes on those of one that never
+    # stopped: sums that are rounded alike are the same bits.
+    torch.manual_seed(0)
+    batches = equal_length_batches(length, RANKED_EVENTS)
     for rows in progress(batches[args.rank::args.world], split, args):
         place = torch.arange(length[rows[0]])                       # (T,)
         history = data["events"][start[rows, None] + place]         # (B, T)
         history = history.long().to(args.device)                    # (B, T)
         with autocast(args):
             best, score = beam_search(model, trie, history, args.beam)
-        found = best.shape[1]  # fewer than `beam` where K ** L is smaller
+        found = best.shape[1]  # fewer than `beam` where K^L is smaller
         items[rows, :found] = best.int().cpu()
         scores[rows, :found] = score.cpu()
+        scores[rows, found:] = -torch.inf
+    # Each process filled the rows of its own users, the rest are 0: the sum has all rows.
     return add_up(items), add_up(scores)
 
 
@@ -712,8 +728,9 @@ def options(argv):
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
-    known, _ = parser.parse_known_args(argv)
-    if known.smoke:
+    # --smoke changes defaults only: what is given on the command line outweighs it.
+    given, _ = parser.parse_known_args(argv)
+    if given.smoke:
         parser.set_defaults(epochs=1, width=16, layers=1, heads=2, inner=32)
     args = parser.parse_args(argv)
     check(args)
@@ -744,6 +761,7 @@ def check(args):
 
 
 def main(argv=None):
+    """Trains the generator, then writes it and its recommendations; or --history."""
     args = options(argv)
     run = Run(args.run)
     args.rank, args.world = join(run)
@@ -817,7 +835,7 @@ def build(sources, args):
     return model.to(args.device), trie
 
 
-def parameters(model):
+def count_parameters(model):
     """How many numbers are trained. -> int"""
     return sum(weight.numel() for weight in model.parameters())
 
@@ -827,20 +845,18 @@ def train(model, trie, run, data, args):
 
     state: losses and ndcg of each epoch, seconds, best (weights by name).
     """
-    N = len(data["item_ids"]) - 1
+    describe(model, trie, args)
     U = len(data["user_ids"])
-    print(f"{args.name}: {parameters(model):,} parameters; "
-          f"a uniform guess has loss {math.log(N):.3f}")
     validation_users = torch.randperm(U)[:VALIDATION_USERS]         # (n,)
-    replica = model
+    replica = model  # the model itself, or what makes several processes agree on its gradients
     if args.world > 1:
         # The buffers are tables of codes, which every process has read: none need be sent.
         replica = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     checkpoint = f"generator-{args.name}.checkpoint"
     state = resume(run, checkpoint, args, model=model, optimizer=optimizer)
-    began = time.time() - state["seconds"]
-    every = min(10, max(1, args.epochs // 8))  # epochs that share a printed line
+    began = time.time() - state["seconds"]  # the time of a stopped run counts
+    every = min(10, max(1, args.epochs // 8))  # so many epochs, a line is printed
 
     for epoch in range(len(state["losses"]), args.epochs):
         losses = train_epoch(replica, trie, optimizer, state, epoch, data, args)  # (L,)
@@ -862,6 +878,16 @@ def train(model, trie, run, data, args):
     print(f"{len(state['ndcg'])} epochs, {state['seconds']:.0f} s; the best is epoch "
           f"{state['ndcg'].index(best)}: validation NDCG@10 {best:.4f}")
     return state
+
+
+def describe(model, trie, args):
+    """Prints the sizes of model and tree, and the loss of one who knows nothing."""
+    nodes = [len(edges) for edges in trie.edges]
+    guess = math.log(nodes[-1])  # all items alike
+    if args.unconstrained:
+        guess = trie.L * math.log(trie.K)  # all sequences of codes alike
+    print(f"{args.name}: {count_parameters(model):,} parameters; a tree with {nodes} nodes on its "
+          f"levels; a uniform guess has loss {guess:.3f}")
 
 
 def report(epoch, state):
@@ -902,8 +928,7 @@ def train_epoch(model, trie, optimizer, state, epoch, data, args):
         optimizer.param_groups[0]["lr"] = learning_rate(done, args.lr)
         losses = train_step(model, trie, optimizer, events, args)   # (L,)
         if not losses.isfinite().all():
-            fail(f"step {i}: the loss is no number, lower --lr; whole epochs are in "
-                 f"generator-{args.name}.checkpoint.")
+            fail(f"step {i}: the loss is no number: start over with a lower --lr and --fresh.")
         total += losses
         targets += len(batch) * T
 
@@ -933,12 +958,11 @@ def train_step(model, trie, optimizer, events, args):
     constrained = not args.unconstrained
     losses = code_losses(logits, target.flatten(), trie, constrained)  # (L,)
 
-    # Divided by --batch, not by B * T: every target weighs the same, also in a batch that its
-    # length left small.
+    # Divided by --batch, not by B * T: a target weighs the same in a batch that is smaller.
     (losses.sum() / args.batch).backward()
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return losses.detach()                                          # (L,)
 
 
@@ -971,12 +995,12 @@ def write_recommendations(model, trie, state, run, data, args):
     began = time.time()
     test, scores = recommend(model, trie, data, "test", everyone, args)  # (U, beam) both
     seconds = {"train": state["seconds"], "predict": time.time() - began}
-    peak = peak_memory(args.device)
+    peak = peak_memory(args.device)  # of training and of one ranking
     valid, _ = recommend(model, trie, data, "valid", everyone, args)  # (U, beam)
 
     # What is needed to recommend: weights, tree, and the codes that histories show, in int16.
     tensors = [*model.parameters(), *trie.edges, *trie.allowed, trie.leaf_item]
-    codes = 2 * model.shown[1:].numel()
+    bytes_of_codes = 2 * model.shown[1:].numel()
     run.save({
         "name": args.name,
         "seed": args.seed,
@@ -984,8 +1008,8 @@ def write_recommendations(model, trie, state, run, data, args):
         "test": test,
         "scores": scores,
         "seconds": seconds,
-        "parameters": parameters(model),
-        "bytes": sum(tensor.nbytes for tensor in tensors) + codes,
+        "parameters": count_parameters(model),
+        "bytes": sum(tensor.nbytes for tensor in tensors) + bytes_of_codes,
         "peak_memory": peak,
         "options": vars(args),
     }, f"predictions-{args.name}-s{args.seed}.pt")
@@ -1014,7 +1038,7 @@ def show_recommendations(run, args):
     for item in history:
         print(names[item])
     print("probably")
-    new = []
+    new = []  # here, for a reader, what the history holds is left out
     for item, score in zip(items[0].tolist(), scores[0].tolist()):
         if item != 0 and item not in history:
             print(f"{math.exp(score):6.1%}  {names[item]}")
