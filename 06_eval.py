@@ -10,6 +10,8 @@ its place in the list of user u, from 1:
 
     python 06_eval.py                    # after 02 to 05
 
+Numbers in brackets, as [24], are the details that tests/README.md lists.
+
 letters  U users, N items, L codes of an item, K values of a code, S side of a picture,
          d width of a vector that is cut into codes
 reads   data.pt, *_codes.pt; for pictures images.pt, sasrec.pt, generator-*.pt
@@ -17,7 +19,7 @@ reads   data.pt, *_codes.pt; for pictures images.pt, sasrec.pt, generator-*.pt
           name          str                the model's row in the table
           seed          int                of the training; 0 if it is missing
           valid         int32 (U, top)     items recommended for the validation event, best first
-          test          int32 (U, top)     the same for the test event, the validation event known
+          test          int32 (U, top)     for the test event, the validation event known; 0: none
           scores        float32 (U, top)   of `test`
           seconds       dict               train; predict: for the test events of U users
           parameters    int                trained numbers
@@ -77,8 +79,10 @@ SHOWN = [
 # --- Metrics -------------------------------------------------------------------------------------
 # Two users, who bought item 7 and item 4 next, and the lists that they were shown:
 #
-#   target 7   top 7 2 9   rank 1       Recall@1 = (1 + 0) / 2                       = .5
-#   target 4   top 5 4 8   rank 2       NDCG@5   = (1 / log2(2) + 1 / log2(3)) / 2   = .815
+#   target 7   top 7 2 9   rank 1
+#   target 4   top 5 4 8   rank 2
+#
+# Over both, Recall@1 = (1 + 0) / 2 = .5 and NDCG@5 = (1 / log2(2) + 1 / log2(3)) / 2 = .815.
 #
 # With one item to be found the ideal list has it first, which gains 1 / log2(2) = 1: NDCG is DCG
 # here (Jarvelin and Kekalainen, ACM TOIS 2002).
@@ -126,7 +130,8 @@ def gains(rank):
 #
 # The variance of thousands of users is well known, that of three seeds is not. For such cases
 # Student found that 1.96 deviations, where 95 % of a normal distribution lie, must become a larger
-# number t: 12.71, 4.30, 3.18, 2.78 for 2, 3, 4, 5 seeds. With one number for each part
+# number t: 12.71, 4.30, 3.18, 2.78 for 2, 3, 4, 5 seeds. With one number for each part (two models
+# of other seeds have a seeds' part and a t each)
 #
 #   (half the interval)^2 = 1.96^2 users' part + t^2 seeds' part
 #
@@ -136,11 +141,12 @@ def gains(rank):
 # one seed nothing more can be known.
 
 
-def student(degrees):
+def student_t(degrees):
     """Student's t: with so many degrees of freedom T lies between -t and t in 95 of 100 cases."""
     # The density of T is proportional to (1 + T^2 / degrees)^(-(degrees + 1) / 2). To look at the
     # angle x with T = sqrt(degrees) tan(x) makes it short: x has the density cos(x)^(degrees - 1),
-    # from -pi/2 to pi/2. Thin strips of it are added up, from 0 on, until 95 % are together.
+    # from -pi/2 to pi/2. It is the same on both sides: of the half from 0 on, thin strips are added
+    # up until 95 % are together.
     strips = 100_000
     width = math.pi / 2 / strips
     middle = (torch.arange(strips, dtype=torch.double) + 0.5) * width  # (strips,)
@@ -152,6 +158,7 @@ def student(degrees):
 def half_interval(*models):
     """Half the 95 % interval of a mean over users and seeds, or of the sum of several such means.
 
+    For a difference hand in the second model with its sign changed.
     models: (seeds, U, metrics) each, of the same users, of seeds of its own -> (metrics,)
     """
     U = models[0].shape[1]
@@ -165,7 +172,7 @@ def half_interval(*models):
         if n > 1:
             by_seed = x.mean(1)                                     # (n, metrics)
             seeds_part = by_seed.var(0) / n                         # (metrics,)
-            squared += student(n - 1) ** 2 * seeds_part             # (metrics,)
+            squared += student_t(n - 1) ** 2 * seeds_part           # (metrics,)
 
             # The gains of one user vary from seed to seed by var(seed) + var(rest).
             rest = x.var(0).mean(0) - by_seed.var(0)                # (metrics,)
@@ -177,8 +184,9 @@ def half_interval(*models):
 def interval_of_difference(ours, theirs, same_seeds):
     """95 % interval of mean(ours) - mean(theirs).  [24]
 
-    Both models answer the same users, and models of one seed share its codes: what makes a user or
-    a seed easy for both is in no difference x[s, u]. Seeds that are not the same are not paired.
+    Both models answer the same users, and models of one seed were made from the same codes: what
+    makes a user or a seed easy for both cancels in each difference x[s, u]. If the seeds are not
+    the same, only users are paired.
 
     ours, theirs: (seeds, U, metrics) -> low, high (2, metrics)
     """
@@ -243,7 +251,7 @@ def gini(x):
 # the share of items with label x, count(x, y) how many have both. Then
 #
 #   entropy(x)    = - sum over x of p(x) log p(x)    0 if all are alike, log K if K are as frequent
-#   perplexity(x) = exp(entropy(x))                  so many labels, as frequent, have that entropy
+#   perplexity(x) = exp(entropy(x))    of so many equally frequent labels it is the entropy
 #   information   = entropy(x) + entropy(y) - entropy(x, y)       what one label tells of the other
 #   NMI           = 2 information / (entropy(x) + entropy(y))     0 nothing, 1 all, both ways
 #   purity        = (1 / n) sum over x of max over y of count(x, y)
@@ -259,7 +267,7 @@ def entropy(labels):
 
 
 def prefix_lengths(L):
-    """1, 2, 3 where L is 4: a prefix lacks the last code at least, which no two items share."""
+    """The lengths of prefixes: 1, 2, 3 where L is 4. All L codes belong to one item alone."""
     return range(1, max(L, 2))
 
 
@@ -324,6 +332,7 @@ def options(argv):
 
 
 def main(argv=None):
+    """Reads everybody's predictions and codes, writes the tables, draws the pictures."""
     args = options(argv)
     run = Run(args.run)
     rng = torch.Generator().manual_seed(args.seed)
@@ -359,9 +368,10 @@ def read_predictions(run, data):
     """Everybody's recommendations, checked and measured. -> dict: name -> entries, one a seed"""
     popular = popularity(data)
     models = {"popularity": [measure(popular, data)]}
-    paths = set(run.folder.glob("predictions-*.pt"))
-    paths.discard(run.folder / "predictions-popularity-s0.pt")  # that row is made here
-    for path in tqdm(sorted(paths), "predictions", leave=False, disable=None):
+    paths = sorted(run.folder.glob("predictions-*.pt"))
+    for path in tqdm(paths, "predictions", leave=False, disable=None):
+        if path.name == "predictions-popularity-s0.pt":  # that row is made here
+            continue
         saved = run.load(path.name, "the script that made it", mmap=True)
         check_predictions(saved, path, data)
         entry = measure(saved, data)
@@ -373,7 +383,7 @@ def read_predictions(run, data):
     for seeds in models.values():  # in order, so that seeds of two models meet
         seeds.sort(key=lambda entry: entry["seed"])
     print(f"checked: {len(paths)} files, {len(data['user_ids']):,} users: "
-          "all ids are real items, none comes twice")
+          "all ids are items of data.pt, none comes twice")
     return models
 
 
@@ -389,7 +399,7 @@ def popularity(data):
 
 
 def check_predictions(saved, path, data):
-    """Ends the script where a file of predictions is none, or was made from other data."""
+    """Ends the script where a file holds no predictions, or none that fit data.pt."""
     N = len(data["item_ids"]) - 1
     U = len(data["user_ids"])
     if not {"name", "test"} <= saved.keys():
@@ -426,6 +436,7 @@ def measure(saved, data):
     entry = {"seed": saved.get("seed", 0), "top": top, "gain": gains(rank)}
     entry |= shown_items(top, rank, target, data["train_counts"])
 
+    # What a file does not say is no number here, and a dash in the tables.
     seconds = saved.get("seconds", {})
     entry["train"] = seconds.get("train", math.nan)
     entry["predict"] = seconds.get("predict", math.nan) * 1000 / len(target)
@@ -436,6 +447,7 @@ def measure(saved, data):
 
 def compare(models, against):
     """Means over seeds, and intervals. -> dict: name of a model -> dict, a row of the tables"""
+    # sasrec is the default: a run without it has a table without differences.
     if against not in {"sasrec", *models}:
         fail(f"--against {against}: the run has predictions of {', '.join(models)}.")
     rows = {name: mean_of_seeds(seeds) for name, seeds in models.items()}
@@ -444,6 +456,7 @@ def compare(models, against):
         for name, row in rows.items():
             if name != against:
                 ours = gains_by_seed(models[name])                  # (seeds, U, metrics)
+                # Both lists are in order, so seeds of one place are the same or none are paired.
                 same_seeds = row["seeds"] == rows[against]["seeds"]
                 interval = interval_of_difference(ours, theirs, same_seeds)
                 row["interval"] = interval.tolist()                 # (2, metrics)
@@ -457,6 +470,7 @@ def gains_by_seed(seeds):
 
 def mean_of_seeds(seeds):
     """One row of the tables from a model's entries, one a seed. -> dict"""
+    # Users first: a seed has one Recall@10, and the deviation is that of the seeds.
     gain = gains_by_seed(seeds)                                     # (seeds, U, metrics)
     by_seed = gain.mean(1)                                          # (seeds, metrics)
     row = {"seeds": [one["seed"] for one in seeds],
@@ -472,7 +486,7 @@ def mean_of_seeds(seeds):
 
 def read_curves(run):
     """What training wrote down, epoch by epoch. -> dict: name of a model -> its artifact"""
-    paths = list(run.folder.glob("sasrec.pt"))
+    paths = list(run.folder.glob("sasrec.pt"))  # an empty list where it is missing
     paths += sorted(run.folder.glob("generator-*.pt"))
     curves = {}
     for path in paths:
@@ -511,7 +525,8 @@ def labels_of_items(data):
         rare = [name for name in names if 2 * frequent[name] < N]
         categories.append(rare[0] if rare else "")
 
-    # Labels are numbered as they first occur; an empty one is -1.
+    # Labels are numbered as they first occur, an empty one is -1: of hat, (none), bag, hat the
+    # numbers are 0, -1, 1, 0. The toy shop's own categories take the place of the first ones.
     truth = data.get("meta", {}).get("truth", {})
     labels = {}
     for name, values in {"category": categories, **truth}.items():
@@ -532,8 +547,8 @@ def describe_codes(trees, labels, rng):
         K = tree["codebooks"].shape[1]
         stats = use(tree["codes"][tree["known"]], K)
         for name, label in labels.items():
-            # Shuffled codes share prefixes as often as real ones, between items as they come: what
-            # real codes say beyond them is not chance.
+            # Shuffled codes are dealt to items at random: as many items share a prefix as before,
+            # but for no reason. What real codes say beyond that is not chance.
             some = tree["known"] & (label >= 0)                     # (N+1,)
             if some.any():
                 of_items = tree["codes"][some].long()               # (n, L)
@@ -640,7 +655,7 @@ def deepest(codes):
 
 
 def codes_table(codes, trees):
-    """How each modality uses its codes. Of the last level, against collisions, little. -> str"""
+    """How each modality uses its codes; of the last level, against collisions, little. -> str"""
     L = deepest(codes)
     header = ["codes", "items known", "K", f"% of K used, levels 1-{L - 1}", f"perplexity, 1-{L}",
               f"% items alone after {numbers(prefix_lengths(L))}", "most items on one prefix",
@@ -762,6 +777,7 @@ def chart(run, name, columns, panels):
     if not panels[0].series:
         print(f"{name} is not drawn: the run lacks what it shows")
         return
+    # Panels fill the page row by row; a legend as wide as the page has room for six names.
     rows = math.ceil(len(panels) / columns)
     canvas = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT * rows), "white")
     draw = ImageDraw.Draw(canvas)
@@ -790,7 +806,8 @@ def draw_axes(draw, panel, axes):
         _, height = axes.place(0, y)
         draw.text((axes.left - 12, height), f"{y:.4g}", "black", font(24), "rm")
 
-    marks = {}  # x -> what stands below it
+    # Below the axis: names, in the room that each has, or round numbers.
+    marks = {}  # x -> what stands there
     if panel.labels:
         room = (axes.right - axes.left) / len(panel.labels)
         for x, label in enumerate(panel.labels):
@@ -876,6 +893,7 @@ def font(size):
 
 def cut(text, width, size, most):
     """A text in at most `most` lines of about `width` pixels, in letters that the font has."""
+    # NFKD takes letters and their accents apart; the accents are no ASCII and go.
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().strip()
     length = font(size).getlength(plain)
     letters = width * len(plain) / max(1, length)
@@ -885,6 +903,7 @@ def cut(text, width, size, most):
 
 def ticks(low, high):
     """At most seven round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
+    # The first step of .., 1, 2, 5, 10, 20, .. that makes at most six intervals.
     steps = []
     for power in range(-9, 9):
         steps += [digit * 10.0**power for digit in (1, 2, 5)]
@@ -1023,6 +1042,7 @@ def sheet(run, name, strips, data, images):
     if not strips:
         print(f"{name} is not drawn: the run lacks what it shows")
         return
+    # As high as if each strip had items; what headings do not need is cut off in the end.
     canvas = Image.new("RGB", (WIDTH, 100 * len(strips) + 8), "white")
     draw = ImageDraw.Draw(canvas)
     y = 8
@@ -1073,6 +1093,7 @@ def tree_strips(modality, tree, labels, data):
     strips = []
     for first, _ in Counter(codes[:, 0].tolist()).most_common(4):
         strips.append(Strip(f"{modality} codes that begin with {first}, two largest branches"))
+        # The first code alone, then with each of the two second codes that most items have.
         prefixes = [[first]]
         if codes.shape[1] > 1:
             second = codes[codes[:, 0] == first, 1]                 # (that begin so,)
@@ -1090,6 +1111,7 @@ def tree_strips(modality, tree, labels, data):
 
 def commonest_label(items, labels):
     """The kind of label that most of the items share: 90 % one colour, say. -> share, its name"""
+    # Of each kind of label: how many items have the commonest one.
     counts = []
     for name, label in labels.items():
         number = label[items] + 1                                   # (n,) 0: none
@@ -1139,6 +1161,7 @@ def history_strips(models, data):
     offsets = data["offsets"]
     U = len(offsets) - 1
     strips = []
+    # Five users, spread over all; of very few users some are the same.
     for user in sorted({U * tenth // 10 for tenth in (1, 3, 5, 7, 9)}):
         history = events[offsets[user]:offsets[user + 1]][-COLUMNS:].tolist()
         target = history[-1:]
