@@ -2,8 +2,9 @@
 
 The embedding comes through one of three doors: a built-in encoder (tf-idf, then a randomised SVD;
 nothing to download), a file of vectors that you made, or an OpenAI-compatible embeddings endpoint
-(Ollama, vLLM, llama.cpp, text-embeddings-inference). Vectors of a language model are whitened
-first. Then residual k-means cuts the vector e_i of item i, as in 02 (MSCGRec, arXiv 2602.03713):
+(Ollama, vLLM, llama.cpp, text-embeddings-inference). Vectors of the last two are whitened first.
+Then residual k-means cuts the vector e_i of item i, as in 02 (MSCGRec, arXiv 2602.03713), with the
+codebook C_l of level l; a fourth code tells apart items that share these three:
 
     r_0 = e_i;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;  r_l = r_{l-1} - C_l[c_l],  l = 1, 2, 3
 
@@ -11,14 +12,15 @@ first. Then residual k-means cuts the vector e_i of item i, as in 02 (MSCGRec, a
     python 04_text_codes.py --embeddings vectors.npy   # (N, any width), a row for each item
     python 04_text_codes.py --embed-url http://localhost:11434/v1/embeddings
 
-letters  N items, L codes of an item in one modality, K values of a code, d width of a vector
-         that is cut into codes, n rows of anything
+Numbers in brackets, as [17], are the details that tests/README.md lists.
 
+letters  N items, L codes of an item in one modality, K values of a code, d width of a vector
+         that is cut into codes
 reads   data.pt
 writes  text_codes.pt
           codes        int16 (N+1, L)     row 0 = -1; level 4 separates collisions
           codebooks    float32 (3, K, d)
-          embeddings   float32 (N+1, d)   standardised; zero where there is no text
+          embeddings   float32 (N+1, d)   mean 0, one scale for all; zero where not known
           known        bool (N+1)         the item has a text, or a vector in --embeddings
           moved        int                items that redistribution moved
           options      dict               the options of this run
@@ -45,8 +47,8 @@ import torch.nn.functional as F
 from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 
-WIDTH = 64         # dimensions of the built-in embedding; with 256, k-means piles up short texts
-BUCKETS = 2 ** 20  # features are numbered by a hash: no vocabulary to keep
+WIDTH = 64         # dimensions of the built-in embedding; with 256, most short texts share codes
+BUCKETS = 2 ** 20  # features are numbered by a hash; two that meet in a column count as one
 SAMPLE = 20_000    # texts whose features and principal directions stand for all
 WHITENED = 128     # principal directions kept of a language model's vectors, at the most
 
@@ -61,11 +63,15 @@ def bucket(feature):
     return zlib.crc32(feature.encode()) % BUCKETS
 
 
+# A shop has few words and says each of them often: each is taken apart once, and remembered.
+
+
 @functools.lru_cache(maxsize=100_000)
 def features_of_word(word):
     """The word and its letter n-grams, n = 3, 4, 5: they make `stripe` near `striped`.
 
-    cat -> <ca <cat <cat> at> cat cat>, where < and > mark the ends of a word -> list of columns
+    cat -> <ca <cat <cat> at> cat cat>, where < and > mark the ends of a word
+    -> the column of each, a list
     """
     marked = f"<{word}>"
     features = {word}
@@ -77,7 +83,7 @@ def features_of_word(word):
 
 
 def count_features(text):
-    """How often each feature stands in a text. -> Counter {column: times}"""
+    """How often each feature stands in a text; letter groups count once a word. -> Counter"""
     words = re.findall(r"\w+", text.lower())
     counts = Counter()
     for word, next_word in zip(words, words[1:]):
@@ -95,7 +101,8 @@ def inverse_document_frequency(column, n):
     df = column.bincount(minlength=BUCKETS)                     # (BUCKETS,)
     idf = ((1 + n) / (1 + df)).log() + 1                        # (BUCKETS,)
 
-    # What only one text has makes no two alike, and is most of all features: left out.
+    # What only one text has makes no two alike, and on a real shop is most of all features: left
+    # out.
     least = 2
     if df.max() < 2:  # nothing is shared: all stays
         least = 1
@@ -103,7 +110,7 @@ def inverse_document_frequency(column, n):
 
 
 def tf_idf(texts, idf=None):
-    """Sublinear tf-idf (Manning et al. 2008, section 6.4.1), rows of unit length.
+    """Sublinear tf-idf (Manning et al. 2008, section 6.4.1), rows of unit length (0 if empty).
 
         weight = (1 + log tf) * idf,  where tf is how often the text has the feature
 
@@ -111,17 +118,17 @@ def tf_idf(texts, idf=None):
     -> sparse (n, features), one column for each feature whose idf is not 0; idf (BUCKETS,)
     """
     # A sparse matrix is three lists: an entry's row, its column, its value.
-    rows = []
-    columns = []
-    times = []
-    for number, text in enumerate(texts):
+    row_parts = []
+    column_parts = []
+    tf_parts = []
+    for text_number, text in enumerate(texts):
         counts = count_features(text)
-        rows.append(np.full(len(counts), number))
-        columns.append(np.fromiter(counts.keys(), np.int64, len(counts)))
-        times.append(np.fromiter(counts.values(), np.float32, len(counts)))
-    row = torch.from_numpy(np.concatenate(rows))                # (entries,)
-    column = torch.from_numpy(np.concatenate(columns))          # (entries,)
-    tf = torch.from_numpy(np.concatenate(times))                # (entries,)
+        row_parts.append(np.full(len(counts), text_number))
+        column_parts.append(np.fromiter(counts.keys(), np.int64, len(counts)))
+        tf_parts.append(np.fromiter(counts.values(), np.float32, len(counts)))
+    row = torch.from_numpy(np.concatenate(row_parts))           # (entries,)
+    column = torch.from_numpy(np.concatenate(column_parts))     # (entries,)
+    tf = torch.from_numpy(np.concatenate(tf_parts))             # (entries,)
 
     if idf is None:
         idf = inverse_document_frequency(column, len(texts))    # (BUCKETS,)
@@ -135,11 +142,14 @@ def tf_idf(texts, idf=None):
     norm = norm.index_add_(0, row, weight.square()).sqrt()      # (n,)
     value = weight / norm[row]                                  # (entries,)
 
-    # The features that stay are numbered anew, without gaps.
-    number = (idf > 0).cumsum(0) - 1                            # (BUCKETS,)
-    place = torch.stack([row, number[column]])                  # (2, entries)
-    features = number[-1].item() + 1
+    # The features that stay are numbered anew, without gaps:
+    #   stays       no yes  no yes yes
+    #   new column  -1   0   0   1   2
+    new_column = (idf > 0).cumsum(0) - 1                        # (BUCKETS,)
+    place = torch.stack([row, new_column[column]])              # (2, entries)
+    features = new_column[-1].item() + 1
     size = (len(texts), features)
+    # Without check_invariants torch warns that nothing is checked.
     return torch.sparse_coo_tensor(place, value, size, check_invariants=True), idf
 
 
@@ -152,16 +162,17 @@ def tf_idf(texts, idf=None):
 #
 # right_j (features,) is a direction: a list of weights, large for features that go together. All
 # are at right angles, and s_j^2 is how much of the rows' squared length lies along right_j. The
-# first d keep more of it than any other d directions could. A text's coordinates along them,
-# X right_1 .. X right_d, are its embedding, in which texts of mugs and of cups come to be near
-# (Deerwester et al. 1990).
+# first d keep more of it than any other d directions could. A text's coordinates along them, X
+# right_1 .. X right_d, give its embedding (turned within their span, and of unit length), in which
+# texts of mugs and of cups come to be near (Deerwester et al. 1990).
 
 
 def principal_directions(matrix, d, rng):
     """What right_1 .. right_d span, by a randomised SVD (Halko et al. 2011, algorithm 4.4).
 
-    An exact SVD of so large a matrix takes too long. But a product with X^T X is cheap, and since
-    (X^T X) right_j = s_j^2 right_j, p products stretch each part of any vector v by its own factor:
+    An exact SVD of a large shop's matrix takes too long. But X is mostly zeros, so X^T (X v), two
+    products, is cheap, and since (X^T X) right_j = s_j^2 right_j, p of them stretch each part of
+    any vector v by its own factor:
 
         (X^T X)^p v = sum_j s_j^(2p) (right_j . v) right_j
 
@@ -174,7 +185,7 @@ def principal_directions(matrix, d, rng):
     directions = torch.randn(matrix.shape[1], d, generator=rng)     # (features, d)
     for _ in range(5):
         # Left alone, all d vectors would turn to right_1. QR sets them at right angles again and
-        # keeps what they span; here, between the products, as they are short: n < features.
+        # keeps what they span; here, after X, where they are mostly shorter: n < features.
         basis = torch.linalg.qr(matrix @ directions).Q              # (n, d)
         directions = matrix.T @ basis                               # (features, d)
 
@@ -196,8 +207,8 @@ def built_in(texts, rng):
     print(f"built-in encoder: {features} features, {d} principal directions keep "
           f"{kept.square():.0%} of the rows' squared length")
 
-    # A thousand rows at a time, as all of them would be large. Rows of unit length again: what
-    # counts is what a text speaks of, not how much of that is known here.
+    # A thousand rows at a time: memory stays small however many items there are. Rows of unit
+    # length again: what counts is what a text speaks of, not how much of that is known here.
     parts = []
     for first in tqdm(range(0, len(texts), 1000), "embedding texts", leave=False, disable=None):
         rows, _ = tf_idf(texts[first:first + 1000], idf)            # (1000, features)
@@ -217,74 +228,19 @@ def from_file(path, N):
             x = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
             x = torch.load(path, weights_only=True, map_location="cpu")
-        numbers = torch.is_tensor(x) and not x.is_complex()
-        if numbers:
-            x = x.detach().to_dense().float()
+        is_numeric = torch.is_tensor(x) and not x.is_complex()
+        if is_numeric:
+            # A .pt file may hold a sparse tensor, or one that has a gradient.
+            x = x.detach().to_dense().float()                       # (N, width)
     except Exception as error:
         fail(f"--embeddings {path} cannot be read ({type(error).__name__}): give a .npy or .pt.")
-    if not numbers or x.ndim != 2 or len(x) != N or x.shape[1] == 0:
+    if not is_numeric or x.ndim != 2 or len(x) != N or x.shape[1] == 0:
         fail(f"--embeddings {path} must be {N} rows of numbers, in data.pt's order: item_ids[1:].")
     return x                                                        # (N, width)
 
 
 # --- Door three: an embeddings endpoint ----------------------------------------------------------
 # A server, on this machine or elsewhere, runs a language model: texts go there, vectors come back.
-
-TIMEOUT = (10, 120)  # seconds to connect, seconds to wait for an answer
-ATTEMPTS = 5         # at one request, before the script gives up
-RETRIES = 50         # failed requests that one run forgives an endpoint, all together
-LONGEST_WAIT = 60    # seconds, whatever the endpoint asks for
-TRY_AGAIN = [429, *range(500, 600)]  # "too many requests", and the server's own errors
-
-
-class Patience(Retry):
-    """urllib3's rules of asking again, with an end to what Retry-After may ask for."""
-
-    def parse_retry_after(self, header):
-        try:
-            seconds = super().parse_retry_after(header)
-        except Exception:  # neither a whole number nor a date
-            seconds = 0
-        return min(seconds, LONGEST_WAIT)
-
-
-def patient_session(retries):
-    """A requests session that asks up to `retries` times more where the endpoint is busy or gone.
-
-    It waits as long as Retry-After says, else 0, 2, 4, then 8 seconds.
-    """
-    patience = Patience(
-        retries,
-        allowed_methods=["POST"],  # not by default: to post an order twice would do harm
-        status_forcelist=TRY_AGAIN,
-        raise_on_status=False,     # the last answer comes back, so that it can be shown
-        backoff_factor=1,
-    )
-    session = requests.Session()
-    session.mount("http://", HTTPAdapter(max_retries=patience))
-    session.mount("https://", HTTPAdapter(max_retries=patience))
-    return session
-
-
-def ask(url, question, retries):
-    """Posts one question, a dict. -> requests.Response; ends the script where none comes"""
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    headers = {"Authorization": f"Bearer {key}"}
-    try:
-        with patient_session(retries) as session:
-            reply = session.post(url, json=question, headers=headers, timeout=TIMEOUT)
-    except requests.RequestException as error:
-        # Retry watches how an answer begins. One that is cut off in its middle is asked for here.
-        cut_off = isinstance(error, requests.exceptions.ChunkedEncodingError)
-        if cut_off and retries > 0:
-            return ask(url, question, retries - 1)
-        fail(f"--embed-url {url} does not answer ({type(error).__name__}): is the server running, "
-             "and is the address complete?")
-    if not reply.ok:
-        says = " ".join(reply.text[:200].split())
-        fail(f"--embed-url {url} answers {reply.status_code} {says}: check the server, the "
-             "address, --embed-model and OPENAI_API_KEY.")
-    return reply
 
 
 def read_answer(reply, n):
@@ -312,20 +268,22 @@ def from_endpoint(url, model, texts, batch):
         part = texts[first:first + batch]
         question = {"model": model, "input": part}
         reply = ask(url, question, min(ATTEMPTS - 1, retries))
-        retries -= len(reply.raw.retries.history)
+        retries -= len(reply.raw.retries.history)  # an entry for each failed request
 
         x = read_answer(reply, len(part))                           # (batch, width)
+        if x is None or (parts and x.shape[1] != parts[0].shape[1]):
+            fail(f"--embed-url {url} did not give a vector for each text, all of one width: check "
+                 "--embed-model.")
         parts.append(x)
-        if x is None or x.shape[1] != parts[0].shape[1]:
-            fail(f"--embed-url {url} did not give a vector for each text: check --embed-model.")
     return torch.cat(parts)                                         # (n, width)
 
 
 # --- Whitening -----------------------------------------------------------------------------------
-# A language model's vectors lie in a narrow cone: a few directions hold most of the variance and
-# say little of the item. k-means goes by distances, so all three levels would cut those directions
-# again and again, and unlike items would share codes. Whitening gives each direction the same say.
-# The principal directions are the eigenvectors of the covariance:
+# A language model's vectors share a large mean, so that they lie in a narrow cone, and a few
+# directions hold most of their variance and say little of the item. k-means goes by distances, so
+# all three levels would cut those directions again and again, and unlike items would share codes.
+# Whitening gives each direction the same say. The principal directions are the eigenvectors of the
+# covariance:
 #
 #     covariance = sum_i (x_i - mean) (x_i - mean)^T / (n - 1)
 #     covariance right_j = variance_j right_j,   variance_1 >= variance_2 >= ...
@@ -364,7 +322,7 @@ def whiten(x):
     variance = variance.flip(0)[:WHITENED]                          # (d,), largest first
     right = right.flip(1)[:, :WHITENED]                             # (width, d)
 
-    # Directions of almost no variance are rounding errors: to blow them up would add noise.
+    # Directions of almost no variance may be rounding errors: to blow them up would add noise.
     square = covariance.trace() + mean.square().sum()               # (), mean of ||x_i||^2
     least = max(1e-8 * variance[0], 1e-12 * square)                 # ()
     keep = variance > least                                         # (d,)
@@ -604,24 +562,24 @@ def item_text(title, categories, description):
 def embed_items(data, args):
     """Goes through the door that args names. -> vectors (n, d) of the known items, known (N+1,)"""
     fields = zip(data["titles"], data["categories"], data["texts"])
-    texts = [item_text(*field) for field in fields]  # N+1 of them; that of item 0 is empty
-    N = len(texts) - 1
+    all_texts = [item_text(*field) for field in fields]  # N+1 of them; that of item 0 is empty
+    N = len(all_texts) - 1
 
     # An item is known by a vector that is not zero, or by a text that has a word.
     if args.embeddings:
         x = from_file(Path(args.embeddings), N)                     # (N, width)
-        known = F.pad((x != 0).any(1), (1, 0))                      # (N+1,)
+        known = F.pad((x != 0).any(1), (1, 0))                      # (N+1,), item 0 is not
         x = x[known[1:]]                                            # (n, width)
     else:
-        has_word = [bool(re.search(r"\w", text)) for text in texts]
+        has_word = [re.search(r"\w", text) is not None for text in all_texts]
         known = torch.tensor(has_word)                              # (N+1,)
     items = known.nonzero()[:, 0]                                   # (n,)
-    texts = [texts[item] for item in items]  # n of them
+    texts = [all_texts[item] for item in items]  # n of them
 
     print(f"{len(items)} of {N} items are known")
     if len(items) == 0:
         return torch.zeros(0, 1), known
-    print(f"the first of them: {texts[0]!r:.150}")
+    print(f"the first of them: {texts[0][:150]!r}")
 
     if not args.embeddings and not args.embed_url:
         rng = torch.Generator().manual_seed(args.seed)
@@ -643,14 +601,75 @@ def embed_items(data, args):
 def standard_embeddings(vectors, known):
     """Mean 0 in each column, mean square 1 over all: a row for each item. (n, d) -> (N+1, d)
 
-    The codes stay what they were: centroids move and grow with the vectors. But the tokens of 05
-    start from the centroids, and what all items share would drown what tells them apart.
+    This changes no code: centroids move and grow with the vectors. It is for 05, whose tokens start
+    from the centroids: what all items share would drown what tells them apart. (Whitened vectors
+    have almost this form already.)
     """
     centred = vectors - vectors.mean(0)                             # (n, d)
     scale = centred.square().mean().sqrt().clamp(min=1e-6)          # ()
     embeddings = torch.zeros(len(known), centred.shape[1])          # (N+1, d)
     embeddings[known] = centred / scale                             # (n, d)
     return embeddings
+
+
+# --- Requests that are repeated ------------------------------------------------------------------
+# Door three: an endpoint may be busy, restarting, or gone. Nothing here belongs to the method.
+
+TIMEOUT = (10, 120)  # seconds to connect, seconds to wait for an answer
+ATTEMPTS = 5         # at one request, before the script gives up
+RETRIES = 50         # failed requests that one run forgives an endpoint, all together
+LONGEST_WAIT = 60    # seconds, whatever the endpoint asks for
+TRY_AGAIN = [429, *range(500, 600)]  # "too many requests", and the server's own errors
+
+
+class Patience(Retry):
+    """urllib3's rules of asking again, with an end to what Retry-After may ask for."""
+
+    def parse_retry_after(self, header):
+        try:
+            seconds = super().parse_retry_after(header)
+        except Exception:  # neither a whole number nor a date
+            seconds = 0
+        return min(seconds, LONGEST_WAIT)
+
+
+def patient_session(retries):
+    """A requests session that asks up to `retries` times more where the endpoint is busy or gone.
+
+    It waits as long as Retry-After says, else 0, 2, 4, then 8 seconds.
+    """
+    patience = Patience(
+        retries,
+        allowed_methods=["POST"],  # not by default: to post an order twice would do harm
+        status_forcelist=TRY_AGAIN,
+        raise_on_status=False,     # the last answer comes back, so that it can be shown
+        backoff_factor=1,
+    )
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(max_retries=patience))
+    session.mount("https://", HTTPAdapter(max_retries=patience))
+    return session
+
+
+def ask(url, question, retries):
+    """Posts one question, a dict. -> requests.Response; ends the script where none comes"""
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    headers = {"Authorization": f"Bearer {key}"}
+    try:
+        with patient_session(retries) as session:
+            reply = session.post(url, json=question, headers=headers, timeout=TIMEOUT)
+    except requests.RequestException as error:
+        # Retry watches how an answer begins. One that is cut off in its middle is asked for here.
+        cut_off = isinstance(error, requests.exceptions.ChunkedEncodingError)
+        if cut_off and retries > 0:
+            return ask(url, question, retries - 1)
+        fail(f"--embed-url {url} does not answer ({type(error).__name__}): is the server running, "
+             "and is the address complete?")
+    if not reply.ok:
+        says = " ".join(reply.text[:200].split())
+        fail(f"--embed-url {url} answers {reply.status_code} {says}: check the server, the "
+             "address, --embed-model and OPENAI_API_KEY.")
+    return reply
 
 
 # --- Files, stopped runs, several processes (the same text in every script that has it) ----------
