@@ -42,7 +42,6 @@ import io
 import ipaddress
 import itertools
 import json
-import multiprocessing.pool
 import os
 import re
 import socket
@@ -53,6 +52,7 @@ import threading
 import time
 import zipfile
 import zlib
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -67,8 +67,10 @@ MIN_EVENTS = 3  # a user needs one event each to train, validate and test
 
 
 # --- The toy shop: what its customers take --------------------------------------------------------
-# Nobody needs to download anything, and here the truth is known. After item j, customer u takes
-# item i with probability p(i | u, j) = exp(score(u, i, j)) / sum over all items of the same, where
+# It needs no download, and its truth is known: what a model finds can be compared with it. After
+# item j, customer u takes item i with the probability that the softmax of a score gives it,
+#
+#   p(i | u, j) = exp(score(u, i, j)) / sum over all items k of exp(score(u, k, j))
 #
 #   score(u, i, j) = - 0.5 log rank(i)                              few items sell, most are rare
 #                    + 3.0 [colour(i) is the favourite of u]        seen only in the picture
@@ -77,16 +79,16 @@ MIN_EVENTS = 3  # a user needs one event each to train, validate and test
 #                    + 4.5 [circle(i) = companion(circle(j))]       known only from purchases
 #                    + 0.5 [category(i) = following(category(j))]   in picture and title
 #
-# and [..] is 1 if what it says is true, else 0. Nobody takes an item twice.
+# where [..] is 1 if what it says is true, else 0. Nobody takes an item twice.
 
-POPULARITY = 0.5  # Zipf's law: the item of rank r sells like 1 / r to this power
-TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}
-COMPANION = 4.5
-FOLLOWING = 0.5
-WHIM = 0.1        # share of events that ignore all this: any item, equally likely
-INCOMPLETE = 0.05  # share of items without a picture, and of items without a text
-CIRCLES = 25      # the items are dealt into so many circles
-LONGEST_WALK = 20  # events of the busiest customer
+POPULARITY = 0.5    # Zipf's law: the item of rank r sells like 1 / r to this power
+TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}  # what a favourite adds to the score
+COMPANION = 4.5     # what the right circle adds
+FOLLOWING = 0.5     # what the right category adds
+WHIM = 0.1          # share of events that ignore all this: any item, equally likely
+CIRCLES = 25        # the items are dealt into so many circles
+LONGEST_WALK = 20   # events of the busiest customer
+INCOMPLETE = 0.05   # share of items without a picture, and of items without a text
 
 COLOURS = "red amber lime green cyan blue violet magenta".split()  # eight hues, evenly spaced
 PATTERNS = "plain stripes bars diagonals checks dots".split()
@@ -106,11 +108,7 @@ SHAPES = {  # the corners of each category's outline, x and y in ninths of its s
 }
 MATERIALS = "cotton wool linen leather oak bamboo steel brass glass ceramic".split()
 MAKERS = "Alder Brook Calder Dunmore Elmway Fenwick Garrow Hollis Ivesen Kestrel".split()
-TITLES = [
-    "{maker} {material} {category}",
-    "A {category} by {maker}",
-    "The {maker} {category}",
-]
+TITLES = ["{maker} {material} {category}", "A {category} by {maker}", "The {maker} {category}"]
 ABOUT = [
     "{maker} makes this {category} from chosen {material}. It ships within two days.",
     "A {category} of {material}, made to be used every day.",
@@ -132,11 +130,13 @@ def toy_shop(n, U, S, seed):
     the truth: for each property the number of its value, (n,)
     """
     rng = np.random.default_rng(seed)
+
+    # Every property of every item is drawn on its own: no colour goes with a category.
     truth = {}
     for name, values in PROPERTIES.items():
         truth[name] = rng.integers(len(values), size=n)         # (n,)
-    walks = walk(truth, U, rng)                                 # (U, LONGEST_WALK)
-    items = describe(truth, rng)
+    walks = toy_walks(truth, U, rng)                            # (U, LONGEST_WALK)
+    items = toy_items(truth, rng)
 
     def open_picture(item_id, look):
         return draw(look, S) if look else None
@@ -144,11 +144,12 @@ def toy_shop(n, U, S, seed):
     return toy_events(walks), items, open_picture, truth
 
 
-def walk(truth, U, rng):
-    """Each customer takes one item after another. -> (U, LONGEST_WALK) items, then -1"""
+def toy_walks(truth, U, rng):
+    """Each customer takes one item after another. -> (U, LONGEST_WALK) items, -1 where it ended"""
     n = len(truth["circle"])
 
-    # What a customer likes whatever came before: best sellers, and the own three favourites.
+    # What a customer likes whatever came before: best sellers, and one colour, one pattern and
+    # one material of the customer's own. These are the first four lines of the score.
     rank = 1 + rng.permutation(n)                               # (n,)
     taste = np.tile(-POPULARITY * np.log(rank), (U, 1))         # (U, n)
     for name, weight in TASTE.items():
@@ -156,7 +157,7 @@ def walk(truth, U, rng):
         taste += weight * (truth[name] == favourite)            # (U, n)
 
     # After an item of one circle people like those of its companion circle, whatever they look
-    # like. A category is followed by another in the same way, but weakly.
+    # like. A category is followed by another in the same way, but weakly. The last two lines.
     companion = rng.permutation(CIRCLES)                        # (circles,)
     following = rng.permutation(len(SHAPES))                    # (categories,)
 
@@ -166,9 +167,9 @@ def walk(truth, U, rng):
 
     # All customers take their first item, then all take their second, and so on.
     walks = np.full((U, LONGEST_WALK), -1)                      # (U, LONGEST_WALK)
-    for step in range(lengths.max()):
+    for step in tqdm(range(lengths.max()), "customers", disable=None, leave=False):
         active = np.flatnonzero(lengths > step)                 # (active,)
-        score = taste[active]                                   # (active, n)
+        score = taste[active]                                   # (active, n), a copy
         if step > 0:
             previous = walks[active, step - 1]                  # (active,)
             circle = companion[truth["circle"][previous]]       # (active,)
@@ -189,12 +190,12 @@ def walk(truth, U, rng):
 
 
 def draw_from_softmax(score, rng):
-    """One column for each row, column i with probability exp(score[i]) / sum_j exp(score[j]).
+    """Draws a column for each row: column i with probability exp(score[i]) / sum_k exp(score[k]).
 
-    score: (rows, n) -> (rows,). The Gumbel trick: add -log(-log u) with u uniform in (0, 1), fresh
-    for every cell, and take the largest. It draws from exactly that distribution, and neither
-    exponentials nor sums can overflow. The scores are overwritten.
+    score: (rows, n), is overwritten -> (rows,)
     """
+    # The Gumbel trick: argmax_i (score[i] + g_i), where g_i = -log(-log u_i) and each u_i is
+    # uniform in (0, 1), is i with exactly that probability. No sum of exponentials is needed.
     score += rng.gumbel(size=score.shape)                       # (rows, n)
     return score.argmax(1)                                      # (rows,)
 
@@ -205,16 +206,18 @@ def toy_events(walks):
         yield f"user{user:06d}", f"item{walks[user, step]:06d}", step
 
 
-def describe(truth, rng):
+def toy_items(truth, rng):
     """Writes the catalogue: title, text and what the picture will show. -> n dicts"""
     items = []
     for i in range(len(truth["circle"])):
+        # What may be said of the item. 17 in "bag red dots 17" is the seed of its picture.
         words = {}
         for name, values in PROPERTIES.items():
             words[name] = values[truth[name][i]]
         words["maker"] = rng.choice(MAKERS)
         words["seed"] = rng.integers(1 << 30)
 
+        # Colour and pattern go into the look, and into no word that a text model could read.
         title = rng.choice(TITLES).format(**words)
         text = rng.choice(ABOUT).format(**words)
         look = "{category} {colour} {pattern} {seed}".format(**words)
@@ -241,7 +244,7 @@ def draw(look, S):
     rng = np.random.default_rng(int(seed))
     side = 3 * S  # drawn larger, so that edges are smooth when it is squeezed to S
 
-    # The outline, somewhere in the picture.
+    # The outline, somewhere in the picture. A corner "04" is at x = 0/9, y = 4/9 of its size.
     size = rng.uniform(0.7, 0.9)
     left = rng.uniform(0, 0.1)
     top = rng.uniform(0, 0.1)
@@ -254,12 +257,12 @@ def draw(look, S):
     ImageDraw.Draw(mask).polygon(corners, fill=255)
     inside = np.array(mask)[..., None] > 0                      # (3S, 3S, 1)
 
-    # Its pattern: about four periods across the picture, begun anywhere.
+    # Its pattern: about four periods across the picture, begun anywhere. x and y count periods.
     row, column = np.mgrid[:side, :side]                        # (3S, 3S) each
     periods = rng.uniform(3.5, 4.5)
     y = row * periods / side + rng.uniform(0, 1)                # (3S, 3S)
     x = column * periods / side + rng.uniform(0, 1)             # (3S, 3S)
-    pale = pale_places(pattern, x, y)[..., None]                    # (3S, 3S, 1)
+    pale = pale_places(pattern, x, y)[..., None]                # (3S, 3S, 1)
 
     # Its colour, and another for the background. hsv is hue, saturation and brightness.
     hue = COLOURS.index(colour) / len(COLOURS) + rng.normal(0, 0.01)
@@ -268,6 +271,7 @@ def draw(look, S):
     paper = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.15), 0.95)
     paper = 255 * np.array(paper)                               # (3,)
 
+    # From the inside out: the pattern in two tones of the ink, the outline, the noise.
     pixels = np.where(pale, 0.4 * ink + 0.6 * 255, ink)         # (3S, 3S, 3)
     pixels = np.where(inside, pixels, paper)                    # (3S, 3S, 3)
     pixels = pixels + rng.normal(0, 8, pixels.shape)            # (3S, 3S, 3)
@@ -290,8 +294,8 @@ def pale_places(pattern, x, y):
 
 
 # --- The rules: which events count, and in which order --------------------------------------------
-# The log is three columns, one row an event: user and item as numbers from 0, and a time. Each rule
-# says which rows stay. The same rules hold for every source.
+# The log is three columns, one row an event: user and item as numbers from 0, and a time. A rule is
+# a function that says which rows stay. The same rules hold for every source.
 
 
 def arrange(log, args, counts):
@@ -302,10 +306,14 @@ def arrange(log, args, counts):
     """
     user, item, when, user_ids, item_ids = log
     rng = np.random.default_rng(args.seed)
+
+    # From here on users stand one after another, and time is only in the order of their rows.
     order = order_of_time(user, when, args.ties, rng)           # (events,)
     user = user[order].astype(np.int64)                         # (events,)
     item = item[order]                                          # (events,)
 
+    # Repeats go first, so that an item is frequent if many people take it. The k-core comes last:
+    # what any other rule drops can leave a user or an item with too few.
     rows = first_of_repeats(user, item, len(item_ids))
     user, item = keep(rows, user, item, "repeats", counts)
     rows = most_frequent(item, args.max_items)
@@ -332,8 +340,9 @@ def arrange(log, args, counts):
 
 def keep(rows, user, item, reason, counts):
     """Keeps these rows of the log, counts the others. rows: numbers (kept,) or bool (events,)"""
-    counts[f"events: {reason}"] = len(user) - len(user[rows])
-    return user[rows], item[rows]
+    kept = user[rows]
+    counts[f"events: {reason}"] = len(user) - len(kept)
+    return kept, item[rows]
 
 
 def order_of_time(user, when, ties, rng):
@@ -415,7 +424,8 @@ def renumber(number, ids):
 
 def count_training(events, offsets, N):
     """How often each item is bought in training. events: (events,), offsets: (U+1,) -> (N+1,)"""
-    # Leave-one-out: nothing that a model or a baseline knows may come from the last two. [2]
+    # Leave-one-out: the last two events of every user are asked for later, so nothing that a model
+    # or a baseline is built on, not even an item's popularity, may come from them. [2]
     test = offsets[1:] - 1                                      # (U,)
     validation = offsets[1:] - 2                                # (U,)
     training = np.delete(events, np.concatenate([test, validation]))
@@ -439,6 +449,7 @@ RANGES = {  # least and most of the options that are numbers
 
 
 def options(argv):
+    """The options, checked. --smoke changes defaults only: what is given beside it still holds."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/toy"), help="folder of this run")
@@ -471,14 +482,16 @@ def options(argv):
 def main(argv=None):
     args = options(argv)
     run = Run(args.run)
-    counts = collections.Counter()
-    source, items, open_picture, truth = open_source(args, run, counts)
+    counts = collections.Counter()  # why -> how many lines, events, pictures
+    log, items, open_picture, truth = open_source(args, run, counts)
 
-    log = read_events(source, counts)
+    # The events decide which items are left; then the catalogue is read for these.
+    log = read_events(log, counts)
     events, offsets, user_ids, item_ids = arrange(log, args, counts)
     titles, texts, categories, pictures = read_catalogue(items, item_ids, counts)
     train_counts = count_training(events, offsets, len(item_ids))
 
+    # data.pt is written last: where it is, all is there.
     images, has_image = write_images(run, item_ids, pictures, open_picture, args, counts)
     data = {
         "events": torch.from_numpy(events),                     # (events,)
@@ -525,12 +538,8 @@ def describe_run(args, counts, truth, item_ids):
     for name, values in truth.items():
         kept = [int(values[int(item_id[4:])]) for item_id in item_ids]
         truth_of_item[name] = [-1, *kept]
-    return {
-        "source": args.dataset,
-        "counts": dict(counts),
-        "options": settings,
-        "truth": truth_of_item,
-    }
+    return {"source": args.dataset, "counts": dict(counts), "options": settings,
+            "truth": truth_of_item}
 
 
 def draw_sheet(run, data, images):
@@ -551,7 +560,7 @@ def draw_sheet(run, data, images):
         name = textwrap.fill(name, 16, max_lines=2, placeholder="...")
         pen.text((x, y + 103), name, "black")
 
-    # 24 items, evenly from the most bought to the least.
+    # 24 items, evenly from the most bought to the least; fewer where there are fewer.
     popular = most_bought(data["train_counts"].numpy())         # (N,)
     places = np.linspace(0, len(popular) - 1, 24).astype(int)   # (24,)
     for n, i in enumerate(popular[np.unique(places)]):
@@ -596,11 +605,12 @@ def print_summary(data):
 # A door turns one layout into what the rules need, and this is all that they know of a source:
 #
 #     events         yields (user id, item id, time), in the order of the file
-#     items          yields dicts: item_id, title, text, categories, picture; any may be missing
+#     items          yields dicts: item_id, and of title, text, categories, picture what is known
 #     open_picture   (item id, picture) -> an opened image, or None; it may fail in any way
 #     truth          {}, as nobody knows the truth of a real shop
 #
-# Doors hand on what they find. What of it is usable is decided once, in the functions below them.
+# A door hands on what it finds. What of it can be used is decided once, in read_events,
+# read_catalogue and write_images.
 
 ITEM_ID = ("parent_asin", "asin", "item_id")  # what tables call it; the first that a row has counts
 LONGEST_LINE = 1 << 24         # characters; no file is trusted
@@ -620,6 +630,8 @@ def open_folder(folder, run, counts):
     log = logs[0]
     tables.remove(log)
     catalogue = tables[0]
+
+    # Whatever is made of these two files carries their hashes.
     for path in (log, catalogue):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -642,7 +654,7 @@ def open_folder(folder, run, counts):
     def open_picture(item_id, picture):
         names = [picture, f"images/{item_id}.jpg", f"cover/{item_id}.jpg"]
         for name in [cached_name(item_id), *names]:
-            # Joined as texts: Path(folder) / "/etc/x" would leave the folder, as ".." would.
+            # Joined as texts, as Path(folder) / "/etc/x" leaves the folder; ".." would, too.
             path = f"{folder}/{name}"
             if ".." not in Path(name).parts and os.path.isfile(path):
                 return Image.open(path, formats=FORMATS)
@@ -658,6 +670,7 @@ def has_users(path):
 
 
 def item_id_of(row):
+    """The first of the names that the row has. -> str or int; None, or anything, in a bad row"""
     for name in ITEM_ID:
         if name in row:
             return row[name]
@@ -680,6 +693,8 @@ def addresses(images):
 
 def read_table(path, counts):
     """Yields the rows of a .jsonl or .csv, perhaps packed (.gz), as dicts; counts what is none."""
+    # utf-8-sig: a mark that some programs put in front is no text. surrogateescape: what is not
+    # UTF-8 is carried along; an id that holds it is refused, as it cannot be told from another.
     size = path.stat().st_size
     bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
     try:
@@ -689,7 +704,7 @@ def read_table(path, counts):
             rows = csv_rows if ".csv" in path.name else json_rows
             for n, row in enumerate(rows(text, path.name, counts)):
                 if n % 1000 == 0:
-                    bar.update(raw.tell() - bar.n)
+                    bar.update(raw.tell() - bar.n)  # how far we are in the file as it lies there
                 yield row
     except (OSError, EOFError, zlib.error) as error:
         fail(f"{path} breaks off ({error}): delete it and get it again.")
@@ -715,18 +730,19 @@ def json_rows(text, name, counts):
 
 
 def csv_rows(text, name, counts):
-    """A header, then one row a line, or several where a quoted text has line breaks."""
+    """A header, then one row a line, or several lines where a quoted text has line breaks."""
     csv.field_size_limit(LONGEST_LINE)
     table = csv.DictReader(lines_of(text), strict=True)
     while True:
-        begin = max(1, table.reader.line_num)  # lines that are read; the first is the header
+        begin = max(1, table.reader.line_num)  # lines read so far; the first is the header
         try:
             row = next(table)
         except StopIteration:
             return
         except csv.Error:
             row = None
-        if row is None or None in row:  # a quote that is never closed; more fields than columns
+        # A quote that is never closed swallows lines. What is beyond the columns is under None.
+        if row is None or None in row:
             counts[f"{name}: malformed line"] += table.reader.line_num - begin
         else:
             yield row
@@ -760,8 +776,8 @@ def read_events(source, counts):
         item_column.append(item)
         time_column.append(when)
     counts["events: well-formed"] = len(time_column)
-    columns = [np.array(column) for column in (user_column, item_column, time_column)]
-    return *columns, list(user_number), list(item_number)
+    return (np.array(user_column), np.array(item_column), np.array(time_column),
+            list(user_number), list(item_number))
 
 
 def number_of(value, numbers):
@@ -782,7 +798,9 @@ def readable_time(value):
         when = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return when if 0 <= when < LAST_TIME else None  # not a number: neither
+    if 0 <= when < LAST_TIME:  # False for "nan", which is a float
+        return when
+    return None
 
 
 def read_catalogue(source, item_ids, counts):
@@ -791,19 +809,20 @@ def read_catalogue(source, item_ids, counts):
     -> titles, texts, categories, pictures (an address, a path, a look; "": none), each (N+1)
     """
     row_of = {item_id: i for i, item_id in enumerate(item_ids, 1)}
-    titles = [""] * (len(item_ids) + 1)
-    texts = [""] * (len(item_ids) + 1)
-    categories = [[] for _ in titles]
-    pictures = [""] * (len(item_ids) + 1)
+    rows = len(item_ids) + 1  # row 0 is padding
+    titles = [""] * rows
+    texts = [""] * rows
+    categories = [[] for _ in range(rows)]
+    pictures = [""] * rows
     for item in source:
-        i = row_of.pop(str(item["item_id"]), None)
+        i = row_of.pop(str(item["item_id"]), None)  # so that a second line finds none
         if i is None:
             counts["catalogue: line of an item not kept, or its second"] += 1
             continue
-        titles[i] = " ".join(strings(item["title"]))[:500]
-        texts[i] = " ".join(strings(item["text"]))[:2000]
-        categories[i] = strings(item["categories"])
-        candidates = strings(item["picture"])
+        titles[i] = " ".join(strings(item.get("title")))[:500]
+        texts[i] = " ".join(strings(item.get("text")))[:2000]
+        categories[i] = strings(item.get("categories"))
+        candidates = strings(item.get("picture"))
         if candidates:
             pictures[i] = candidates[0]
     counts["items: not in the catalogue"] = len(row_of)
@@ -811,8 +830,8 @@ def read_catalogue(source, item_ids, counts):
 
 
 def strings(value, depth=4):
-    """The texts in a value: real catalogues hold null, a string, a list or a list of lists in one
-    field, and control characters and half letters in a text. -> list of str
+    """The texts in a value: a real catalogue holds null, a string, a list or a list of lists in one
+    field. -> list of str
     """
     if isinstance(value, list) and depth > 0:
         found = []
@@ -821,6 +840,7 @@ def strings(value, depth=4):
         return found
     if type(value) not in (str, int):
         return []
+    # One line, without control characters; half a letter becomes a question mark.
     text = " ".join(str(value)[:10_000].split())
     text = re.sub(r"[\0-\x1f\x7f-\x9f]", "", text)
     text = text.encode("utf-8", "replace").decode()
@@ -828,11 +848,12 @@ def strings(value, depth=4):
 
 
 # --- Pictures: every one squeezed to S x S --------------------------------------------------------
-# The models see nothing else of a picture. All are written into one file, as a large catalogue has
-# more of them than memory.
+# The models see nothing else of a picture. They go through a file on the disk, as the pictures of a
+# large catalogue are more than memory holds.
 
 FETCHERS = 32  # pictures that are fetched at once: each waits for its host
-DECODERS = 4   # pictures that are decoded at once: a large one takes 200 MB
+DECODERS = 4   # pictures that are decoded at once: a large one takes 200 MB, and what a thread has
+#                had of memory it keeps, so that these are threads of their own
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # Pillow would run a program for PostScript
 Image.MAX_IMAGE_PIXELS = 12_500_000  # Pillow refuses twice as many: an attack on memory
 
@@ -842,8 +863,8 @@ def write_images(run, item_ids, pictures, open_picture, args, counts):
     args.run.mkdir(parents=True, exist_ok=True)
     (args.run / "data.pt").unlink(missing_ok=True)  # an old one must not meet new pictures
     S = args.image_size
-    blank = bytes(3 * S * S)
-    decoding = threading.Semaphore(DECODERS)
+    N = len(item_ids)
+    blank = bytes(3 * S * S)  # of an item without a picture, and of padding
 
     def fetch(i):
         """-> what became of item i's picture, and its pixels"""
@@ -851,21 +872,20 @@ def write_images(run, item_ids, pictures, open_picture, args, counts):
             image = open_picture(item_ids[i - 1], pictures[i])
             if image is None:
                 return "no picture", blank
-            with decoding:
-                return "picture", squeeze(image, S)
+            return "picture", decoders.apply(squeeze, [image, S])
         except Exception as error:  # Pillow has no one error for a broken picture
             return f"picture lost ({type(error).__name__})", blank
 
-    has_image = [False]  # padding
-    N = len(item_ids)
-    with (tempfile.TemporaryFile(dir=args.run) as file,
-          multiprocessing.pool.ThreadPool(FETCHERS) as fetchers):
+    # Many at once, but written in the order of the items. (A full disk shows here, in write.)
+    has_image = [False]
+    with tempfile.TemporaryFile(dir=args.run) as file:
         file.write(blank)
-        results = fetchers.imap(fetch, range(1, N + 1), chunksize=16)
-        for state, pixels in tqdm(results, "pictures", N, disable=None):
-            counts[f"items: {state}"] += 1
-            has_image.append(state == "picture")
-            file.write(pixels)
+        with ThreadPool(DECODERS) as decoders, ThreadPool(FETCHERS) as fetchers:
+            results = fetchers.imap(fetch, range(1, N + 1), chunksize=16)
+            for state, pixels in tqdm(results, "pictures", N, disable=None):
+                counts[f"items: {state}"] += 1
+                has_image.append(state == "picture")
+                file.write(pixels)
         file.flush()
         images = np.memmap(file, np.uint8, "r+", shape=(N + 1, 3, S, S))
         run.save({"images": torch.from_numpy(images)}, "images.pt")
@@ -880,7 +900,7 @@ def squeeze(image, S):
     image.draft("RGB", (2 * S, 2 * S))  # a JPEG decodes at 1/2, 1/4 or 1/8 of its size for less
     if image.mode.startswith("I"):  # 16 bits, of which Pillow would keep the lower 8
         image = image.point(lambda value: value * (1 / 256)).convert("L")
-    image = ImageOps.exif_transpose(image)  # as it was held when it was taken
+    ImageOps.exif_transpose(image, in_place=True)  # turned as the camera was; no second copy
     image = image.convert("RGBA").resize((S, S), Image.LANCZOS)
     white = Image.new("RGBA", (S, S), "white")
     image = Image.alpha_composite(white, image)  # what is transparent becomes white
@@ -889,18 +909,21 @@ def squeeze(image, S):
 
 
 # --- Fetching: a category of Amazon Reviews 2023 and its pictures ---------------------------------
-# Large files go on where they broke off. Addresses of pictures stand in a data file, which anybody
-# may have written: none of them may lead to this machine or its network.
+# Large files go on where they broke off. The addresses of pictures stand in a data file, which
+# anybody may have written: none of them may lead to this machine or its network, and no host may
+# keep us waiting for ever. Hosts that --base-url names are trusted.
 
 HOSTS = [
     "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw",
     "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023/raw",
 ]
 TRIES = 6
-PAUSE = 0.5         # seconds before the second try; twice as many before each that follows
-LONGEST_PAUSE = 60  # seconds, also where a host asks for more
+PAUSE = 0.5         # seconds; between tries we wait 0, 2, 4, 8 and 16 times as long
+LONGEST_PAUSE = 60  # seconds, even if a host asks for more
 TIMEOUT = (10, 60)  # seconds to connect, and until the next byte comes
-LARGEST_FILE = 100 << 30     # bytes; no host is trusted
+PATIENCE = 60       # seconds that the body of a picture may take, and each reply to begin
+SLOWEST = 1 << 16   # bytes of a large file that must come in as many, or it counts as broken off
+LARGEST_FILE = 100 << 30    # bytes; no host is trusted to come to an end
 LARGEST_PICTURE = 50 << 20
 
 
@@ -908,7 +931,7 @@ def open_category(args, run, counts):
     """The door for a category: two files into the cache, then as any folder."""
     folder = args.cache.expanduser() / args.dataset
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    session = open_session()
+    session = open_session(args.base_url)
     for name, place in (("reviews", "review_categories/"), ("meta", "meta_categories/meta_")):
         path = folder / f"{name}.jsonl.gz"
         if not path.exists():
@@ -919,7 +942,8 @@ def open_category(args, run, counts):
     def open_picture(item_id, address):
         path = folder / cached_name(item_id)
         if address and not path.exists():
-            fetch_picture(session, address, path, args.base_url)
+            check_address(address)
+            download(session, address, path, picture=True)
         return open_cached(item_id, address)
 
     return events, items, open_picture, truth
@@ -930,51 +954,23 @@ def cached_name(item_id):
     return f"images/{hashlib.sha256(item_id.encode()).hexdigest()}.jpg"
 
 
-def open_session():
-    """-> a session in which requests that fail are tried again, after longer and longer pauses"""
-    retry = Again(total=TRIES - 1, backoff_factor=PAUSE, retry_after_max=LONGEST_PAUSE,
-                  status_forcelist=[429, *range(500, 600)])
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        adapter = requests.adapters.HTTPAdapter(FETCHERS, FETCHERS, max_retries=retry)
-        session.mount(scheme, adapter)
-    return session
-
-
-class Again(urllib3.util.Retry):
-    """Does not read what a host says with an error, which may be endless, before it tries again."""
-
-    def increment(self, *args, response=None, **options):
-        if response is not None:
-            response.close()
-        return super().increment(*args, response=response, **options)
-
-
 def download_from_any(session, urls, path):
     """Takes a file from the first host that has it."""
     for url in urls:
         try:
             return download(session, url, path)
-        except (OSError, ValueError) as error:  # those of requests are both
+        except (OSError, ValueError) as error:  # those of requests are OSErrors
             problem = error
     fail(f"{path} cannot be had ({problem}): check the category, the network, --base-url.")
 
 
-def fetch_picture(session, address, path, trusted):
-    host = urlsplit(address)
-    if host.netloc not in [urlsplit(url).netloc for url in trusted]:
-        for *_, peer in socket.getaddrinfo(host.hostname, None):
-            if not ipaddress.ip_address(peer[0]).is_global:
-                raise PermissionError("a host of this machine or its network")
-    download(session, address, path, picture=True)
-
-
 def download(session, url, path, picture=False):
     """Brings url to path: all of it or nothing. Raises an OSError or a ValueError."""
+    # Until a reply begins, the session tries again by itself. If it breaks off, we go on.
     for _ in range(TRIES):
         try:
             return go_on(session, url, path, picture)
-        except urllib3.exceptions.HTTPError as error:  # it broke off: the next try goes on there
+        except urllib3.exceptions.HTTPError as error:
             problem = error
     raise requests.ConnectionError(f"{url} broke off {TRIES} times: {problem}")
 
@@ -983,13 +979,16 @@ def go_on(session, url, path, picture):
     """Fetches what is missing of a file that may have been begun; named when it is complete."""
     partial = path.with_name(f"{path.name}.partial")
     tag = path.with_name(f"{path.name}.etag")  # says of which version the partial file is
-    headers = {"Accept-Encoding": "identity"}
     have = 0
     version = ""
     if tag.exists() and partial.exists():
         version = tag.read_text()
         have = partial.stat().st_size
-    if have and version:  # ask for the rest, or for all of it if the file is another by now
+
+    # Range asks for what follows the bytes that we have. If-Range: only if the file is still that
+    # version, else for all of it. The status of the reply says which: 206 the rest, 200 all.
+    headers = {"Accept-Encoding": "identity"}
+    if have and version:
         headers["Range"] = f"bytes={have}-"
         headers["If-Range"] = version
 
@@ -998,8 +997,8 @@ def go_on(session, url, path, picture):
                      allow_redirects=not picture) as reply:
         rest = reply.status_code == 206
         now = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
-        if reply.status_code == 416 or rest and now not in ("", version):
-            tag.write_text("")  # there is no such rest: the next try begins anew
+        if reply.status_code == 416 or (rest and now not in ("", version)):
+            tag.write_text("")  # 416: there is no such rest. The next try begins anew
             raise urllib3.exceptions.HTTPError("the file has changed")
         reply.raise_for_status()
         page = "html" in reply.headers.get("Content-Type", "")  # the log-in of a hotel, say
@@ -1007,6 +1006,7 @@ def go_on(session, url, path, picture):
             raise requests.RequestException(f"{url} is no file")
         if not rest:
             have = 0
+            partial.unlink(missing_ok=True)  # first: a tag never stands beside another version
             tag.write_text(now)
         with open(partial, "ab" if rest else "wb") as file:
             have = copy(reply.raw, file, path.name, have, largest, picture)
@@ -1019,14 +1019,139 @@ def go_on(session, url, path, picture):
 
 def copy(reply, file, name, have, largest, picture):
     """Copies the body of a reply as it is: a .gz stays packed. -> bytes that are there now"""
-    total = have + (reply.length_remaining or 0)
-    with tqdm(total=total, initial=have, desc=name, unit="B", unit_scale=True,
-              disable=picture or None) as bar:
+    # The timeout of a reply starts anew with every byte, so it does not end what comes byte by
+    # byte. A picture has its time, and a large file has to get on in each PATIENCE seconds.
+    since = time.monotonic()
+    before = have
+    with tqdm(total=have + (reply.length_remaining or 0), initial=have, desc=name, unit="B",
+              unit_scale=True, disable=picture or None) as bar:
+        # read1 returns what has come, be it one byte; read would wait for all that it is asked for.
         while have <= largest and (part := reply.read1(1 << 18)):
             file.write(part)
             bar.update(len(part))
             have += len(part)
+            if time.monotonic() - since > PATIENCE:
+                if picture:
+                    raise TooSlow(name)
+                if have - before < SLOWEST:
+                    raise urllib3.exceptions.HTTPError(f"{have - before} bytes in {PATIENCE} s")
+                since = time.monotonic()
+                before = have
     return have
+
+
+def open_session(trusted):
+    """-> a session that tries again what fails, and is on its guard with hosts not trusted"""
+    busy = [429, *range(500, 600)]  # what a host says that may work another time
+    retry = Again(total=TRIES - 1, backoff_factor=PAUSE, status_forcelist=busy)
+    session = requests.Session()
+
+    # An adapter makes the connections to all addresses that begin in one way. Where several fit,
+    # the longest beginning decides.
+    for beginning in ("http://", "https://"):
+        adapter = GuardedAdapter(FETCHERS, FETCHERS, max_retries=retry)
+        session.mount(beginning, adapter)
+    for url in trusted:
+        parts = urlsplit(url)
+        adapter = requests.adapters.HTTPAdapter(FETCHERS, FETCHERS, max_retries=retry)
+        session.mount(f"{parts.scheme}://{parts.netloc}/", adapter)
+    return session
+
+
+class Again(urllib3.util.Retry):
+    """When to try again: after longer and longer pauses, or when the host says, within limits."""
+
+    def get_retry_after(self, response):
+        seconds = super().get_retry_after(response) or 0
+        return min(seconds, LONGEST_PAUSE)
+
+    def increment(self, *args, response=None, **options):
+        # urllib3 would read what comes with an error to its end, which may never come.
+        if response is not None:
+            response.close()
+        return super().increment(*args, response=response, **options)
+
+
+class Forbidden(ValueError):
+    """An address of this machine or its network, or one that two readers understand differently."""
+
+
+class TooSlow(ValueError):
+    """A host that would keep us waiting."""
+
+
+def check_address(address):
+    """Refuses http://8.8.8.8\\@127.0.0.1/, of which some see the first host and some the second."""
+    if "\\" in address or "@" in urlsplit(address).netloc:
+        raise Forbidden(address)
+
+
+def check_peer(ip):
+    if not ipaddress.ip_address(ip).is_global:
+        raise Forbidden(f"{ip} is of this machine or its network")
+
+
+class Guarded:
+    """A connection that knows where it leads, and that does not wait for ever."""
+
+    def connect(self):
+        # What counts is who is at the other end, before anything is asked. A resolver may give a
+        # name another address each time, so that looking the name up beforehand proves nothing.
+        super().connect()
+        check_peer(self.sock.getpeername()[0])
+
+    def getresponse(self):
+        # The same for the headers. Here nothing is returned before they end, so if they do not, a
+        # thread hangs up.
+        sock = self.sock
+
+        def hang_up():
+            with contextlib.suppress(OSError):  # it has ended by itself
+                sock.shutdown(socket.SHUT_RDWR)
+
+        begin = time.monotonic()
+        timer = threading.Timer(PATIENCE, hang_up)
+        timer.daemon = True  # does not keep the script from ending
+        timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            timer.cancel()
+            if time.monotonic() - begin > PATIENCE:
+                raise TooSlow(self.host)
+
+
+class GuardedHTTP(Guarded, urllib3.connection.HTTPConnection):
+    pass
+
+
+class GuardedHTTPS(Guarded, urllib3.connection.HTTPSConnection):
+    pass
+
+
+class GuardedHTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = GuardedHTTP
+
+
+class GuardedHTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = GuardedHTTPS
+
+
+class GuardedAdapter(requests.adapters.HTTPAdapter):
+    """Makes guarded connections."""
+
+    def init_poolmanager(self, *args, **options):
+        super().init_poolmanager(*args, **options)
+        pools = {"http": GuardedHTTPPool, "https": GuardedHTTPSPool}
+        self.poolmanager.pool_classes_by_scheme = pools
+
+    def send(self, request, **options):
+        # A proxy, where there is one, connects in our place, and all that we see is its own
+        # address. So the name is looked up all the same.
+        host = urlsplit(request.url).hostname
+        for *_, address in socket.getaddrinfo(host, None):
+            check_peer(address[0])
+        return super().send(request, **options)
 
 
 # --- Files, stopped runs, several processes (the same text in every script that has it) ----------
@@ -1040,7 +1165,7 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Whatever ends it early says so in one sentence, and the exit code is 2."""
+    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
