@@ -438,6 +438,8 @@ def most_bought(train_counts):
 
 
 # --- The script -----------------------------------------------------------------------------------
+# main says in which order things happen. The rest of the file is how files are read and fetched.
+
 RANGES = {  # least and most of the options that are numbers
     "k_core": (1, 1_000_000),
     "max_events": (0, 2 ** 32 - 1),
