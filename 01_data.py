@@ -10,8 +10,11 @@ every user's events e_1 .. e_n in order of time, of which each part of the work 
     python 01_data.py --run runs/beauty --dataset Beauty_and_Personal_Care
     python 01_data.py --run runs/mine --dataset my_folder   # reviews.jsonl, meta.jsonl, images/
 
+Numbers in brackets, as [1], are the details that tests/README.md lists.
+
 letters  U users, N items, S side of a picture; n items of the toy shop before the 5-core, n rows
          of anything else
+reads   nothing; or the tables and pictures of a folder, or of a category that it downloads
 
 writes  data.pt
           events         int32 (events)   item ids, users one after another, each in order of time
@@ -75,18 +78,21 @@ MIN_EVENTS = 3  # a user needs one event each to train, validate and test
 #   score(u, i, j) = - 0.5 log rank(i)                              few items sell, most are rare
 #                    + 3.0 [colour(i) is the favourite of u]        seen only in the picture
 #                    + 1.5 [pattern(i) is the favourite of u]       seen only in the picture
-#                    + 3.0 [material(i) is the favourite of u]      named only in the text
+#                    + 3.0 [material(i) is the favourite of u]      named in title or text
 #                    + 4.5 [circle(i) = companion(circle(j))]       known only from purchases
-#                    + 0.5 [category(i) = following(category(j))]   in picture and title
+#                    + 0.5 [category(i) = following(category(j))]   in picture, title and text
 #
-# where [..] is 1 if what it says is true, else 0. Nobody takes an item twice.
+# where [..] is 1 if what it says is true, else 0; a first item lacks the last two lines. Nobody
+# takes an item twice.
 
 POPULARITY = 0.5    # Zipf's law: the item of rank r sells like 1 / r to this power
 TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}  # what a favourite adds to the score
 COMPANION = 4.5     # what the right circle adds
 FOLLOWING = 0.5     # what the right category adds
-WHIM = 0.1          # share of events that ignore all this: any item, equally likely
-CIRCLES = 25        # the items are dealt into so many circles
+WHIM = 0.1          # share of events that ignore all this: any item not yet taken, equally likely
+CIRCLES = 25        # groups, not shapes: each item is dealt into one, and nothing in it shows which
+TOY_ITEMS = 1050    # before the 5-core
+TOY_USERS = 4000
 LONGEST_WALK = 20   # events of the busiest customer
 INCOMPLETE = 0.05   # share of items without a picture, and of items without a text
 
@@ -126,8 +132,9 @@ PROPERTIES = {  # what is true of an item; the order is that of the random draws
 def toy_shop(n, U, S, seed):
     """Draws n items and what U customers take of them. The same seed gives the same shop.
 
-    -> events, items, open_picture, as every door gives them (see "Reading what people have"), and
-    the truth: for each property the number of its value, (n,)
+    -> events and items, which yield what a shop has in its files; open_picture, which gives the
+    picture of an item (see "Reading what people have"); and the truth: for each property the number
+    of its value, (n,)
     """
     rng = np.random.default_rng(seed)
 
@@ -161,7 +168,7 @@ def toy_walks(truth, U, rng):
     companion = rng.permutation(CIRCLES)                        # (circles,)
     following = rng.permutation(len(SHAPES))                    # (categories,)
 
-    # 5 to 20 events a customer, 8.5 on average.
+    # 5 to 20 events a customer, 8.4 on average; never more than there are items.
     lengths = 4 + rng.geometric(1 / 4.5, U)                     # (U,)
     lengths = np.minimum(lengths, min(LONGEST_WALK, n))         # (U,)
 
@@ -309,7 +316,7 @@ def arrange(log, args, counts):
 
     # From here on users stand one after another, and time is only in the order of their rows.
     order = order_of_time(user, when, args.ties, rng)           # (events,)
-    user = user[order].astype(np.int64)                         # (events,)
+    user = user[order]                                          # (events,)
     item = item[order]                                          # (events,)
 
     # Repeats go first, so that an item is frequent if many people take it. The k-core comes last:
@@ -325,6 +332,7 @@ def arrange(log, args, counts):
     rows = k_core(user, item, args.k_core)
     user, item = keep(rows, user, item, f"outside the {args.k_core}-core", counts)
     if len(user) == 0:
+        # +counts is the Counter without its zeros.
         fail(f"{args.dataset}: no event is left in the {args.k_core}-core, the counts are "
              f"{dict(+counts)}: lower --k-core, or see what was dropped.")
 
@@ -360,7 +368,7 @@ def order_of_time(user, when, ties, rng):
 def first_of_repeats(user, item, n):
     """Of a user's events with one item only the first counts. -> (kept,) rows"""
     # One number for a pair: with n = 100 items, user 3 and item 7 are pair 307.
-    pair = user * n + item                                      # (events,)
+    pair = user.astype(np.int64) * n + item                     # (events,), may be beyond int32
     _, first = np.unique(pair, return_index=True)               # (kept,)
     return np.sort(first)
 
@@ -373,7 +381,10 @@ def most_frequent(item, most):
 
 
 def drawn_users(user, args, rng):
-    """Users with too few events go; --max-users draws some of the others. -> bool (events,)"""
+    """Users too short for the k-core go first, so that --max-users draws none in vain.
+
+    -> bool (events,)
+    """
     enough = np.bincount(user) >= max(args.k_core, MIN_EVENTS)  # (n,)
     drawn = rng.permutation(np.flatnonzero(enough))             # (users,)
     return np.isin(user, drawn[:args.max_users or len(drawn)])
@@ -409,7 +420,7 @@ def k_core(user, item, k):
 
 
 def renumber(number, ids):
-    """Numbers those that are left from 0, in sorted order of their ids.
+    """Gives the ids that are left new numbers, 0, 1, 2, .., in sorted order of the ids.
 
     number: (events,) rows of ids -> (events,) rows of the new ids, the new ids
     """
@@ -424,8 +435,8 @@ def renumber(number, ids):
 
 def count_training(events, offsets, N):
     """How often each item is bought in training. events: (events,), offsets: (U+1,) -> (N+1,)"""
-    # Leave-one-out: the last two events of every user are asked for later, so nothing that a model
-    # or a baseline is built on, not even an item's popularity, may come from them. [2]
+    # Leave-one-out: the last two events of every user are asked for later, so no training and no
+    # count of a baseline, not even an item's popularity, may use them. (The k-core does.)  [2]
     test = offsets[1:] - 1                                      # (U,)
     validation = offsets[1:] - 2                                # (U,)
     training = np.delete(events, np.concatenate([test, validation]))
@@ -460,13 +471,15 @@ def options(argv):
     add("--base-url", nargs="+", default=HOSTS, help="hosts or mirrors, tried one after another")
     add("--k-core", type=int, default=5, help="least events of a user and of an item")
     add("--max-events", type=int, default=0, help="keep a user's last ones only (0: all)")
-    add("--max-items", type=int, default=0, help="keep the most frequent ones (0: all)")
-    add("--max-users", type=int, default=0, help="keep some, drawn by the seed (0: all)")
+    add("--max-items", type=int, default=0,
+        help="keep the most frequent ones (0: all); of the toy shop: draw so many (0: 1050)")
+    add("--max-users", type=int, default=0,
+        help="keep some, drawn by the seed (0: all); of the toy shop: draw so many (0: 4000)")
     add("--ties", choices=("shuffle", "file"), default="shuffle", help="order of equal times")
     add("--image-size", type=int, default=0, help="S (0: 32 for toy, 64 for others)")
     add("--seed", type=int, default=0, help="of the toy shop, of ties, of --max-users")
     add("--device", default="auto", help="as in the other scripts; this one needs the CPU only")
-    add("--smoke", action="store_true", help="seconds: 60 items, 200 users")
+    add("--smoke", action="store_true", help="60 items, 200 users")
     if parser.parse_args(argv).smoke:
         parser.set_defaults(max_items=60, max_users=200)
     args = parser.parse_args(argv)
@@ -482,13 +495,14 @@ def options(argv):
 
 
 def main(argv=None):
+    """Any source in; data.pt, images.pt and items.png out."""
     args = options(argv)
     run = Run(args.run)
     counts = collections.Counter()  # why -> how many lines, events, pictures
-    log, items, open_picture, truth = open_source(args, run, counts)
+    events_of_source, items, open_picture, truth = open_source(args, run, counts)
 
     # The events decide which items are left; then the catalogue is read for these.
-    log = read_events(log, counts)
+    log = read_events(events_of_source, counts)
     events, offsets, user_ids, item_ids = arrange(log, args, counts)
     titles, texts, categories, pictures = read_catalogue(items, item_ids, counts)
     train_counts = count_training(events, offsets, len(item_ids))
@@ -515,8 +529,8 @@ def main(argv=None):
 def open_source(args, run, counts):
     """What --dataset names. -> events, items, open_picture, truth, as every door gives them"""
     if args.dataset == "toy":
-        n = args.max_items or 1050
-        U = args.max_users or 4000
+        n = args.max_items or TOY_ITEMS
+        U = args.max_users or TOY_USERS
         if n * U > 10 ** 8:
             fail("The toy shop ends at 100,000,000 pairs: lower --max-items or --max-users.")
         return toy_shop(n, U, args.image_size, args.seed)
@@ -545,7 +559,7 @@ def describe_run(args, counts, truth, item_ids):
 
 
 def draw_sheet(run, data, images):
-    """items.png: 24 items and a user's history, S x S pixels each: all that the models see."""
+    """items.png: 24 items and the end of a user's history, in the S x S pixels that models see."""
     page = Image.new("RGB", (900, 607), "white")
     pen = ImageDraw.Draw(page)
     pen.font = ImageFont.load_default(12)
@@ -571,7 +585,8 @@ def draw_sheet(run, data, images):
     # The history of a user in the middle.
     user = len(data["user_ids"]) // 2
     begin, end = data["offsets"][user:user + 2].tolist()
-    pen.text((12, 448), "A user's history, the last two for validation and test:", "black")
+    heading = "The end of a user's history, the last two for validation and test:"
+    pen.text((12, 448), heading, "black")
     for n, i in enumerate(data["events"][begin:end][-8:]):
         show(i, place=n, y=469)
 
@@ -588,6 +603,7 @@ def print_summary(data):
     events = len(data["events"])
     with_picture = data["has_image"].sum().item() / N
     with_text = sum(1 for text in data["texts"] if text) / N
+    # Density: the share of all pairs of user and item that are events.
     print(f"\nU {U:,} users, N {N:,} items, {events:,} events: {events / U:.1f} a user, "
           f"{events / N:.1f} an item, density {events / U / N:.3%}; items with a picture "
           f"{with_picture:.1%}, a text {with_text:.1%}")
@@ -599,8 +615,9 @@ def print_summary(data):
     last = data["offsets"][1:] - 1                              # (U,)
     test = data["events"][last].numpy()                         # (U,)
     recall = np.isin(test, popular[:10]).mean()
+    # Recall@10: the share of users whose test item is among ten items, here the same ten for all.
     print(f"training events on the most popular tenth {share:.1%}; "
-          f"the top ten for all: Recall@10 {recall:.4f}")
+          f"the ten best sellers for everybody: Recall@10 {recall:.4f}")
 
 
 # --- Reading what people have ---------------------------------------------------------------------
@@ -633,7 +650,7 @@ def open_folder(folder, run, counts):
     tables.remove(log)
     catalogue = tables[0]
 
-    # Whatever is made of these two files carries their hashes.
+    # data.pt remembers which files it was made of.
     for path in (log, catalogue):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -654,8 +671,9 @@ def open_folder(folder, run, counts):
             }
 
     def open_picture(item_id, picture):
-        names = [picture, f"images/{item_id}.jpg", f"cover/{item_id}.jpg"]
-        for name in [cached_name(item_id), *names]:
+        # The first is where open_category puts what it fetches.
+        names = [cached_name(item_id), picture, f"images/{item_id}.jpg", f"cover/{item_id}.jpg"]
+        for name in names:
             # Joined as texts, as Path(folder) / "/etc/x" leaves the folder; ".." would, too.
             path = f"{folder}/{name}"
             if ".." not in Path(name).parts and os.path.isfile(path):
@@ -676,6 +694,7 @@ def item_id_of(row):
     for name in ITEM_ID:
         if name in row:
             return row[name]
+    return None
 
 
 def addresses(images):
@@ -694,16 +713,17 @@ def addresses(images):
 
 
 def read_table(path, counts):
-    """Yields the rows of a .jsonl or .csv, perhaps packed (.gz), as dicts; counts what is none."""
+    """Yields the rows of a .jsonl, .jsonl.gz or .csv as dicts; counts lines that are no row."""
     # utf-8-sig: a mark that some programs put in front is no text. surrogateescape: what is not
     # UTF-8 is carried along; an id that holds it is refused, as it cannot be told from another.
     size = path.stat().st_size
+    # disable=None: no bar where the output is no terminal.
     bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
     try:
         with open(path, "rb") as raw, bar:
             file = gzip.open(raw) if path.suffix == ".gz" else raw
             text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-            rows = csv_rows if ".csv" in path.name else json_rows
+            rows = csv_rows if path.suffix == ".csv" else json_rows
             for n, row in enumerate(rows(text, path.name, counts)):
                 if n % 1000 == 0:
                     bar.update(raw.tell() - bar.n)  # how far we are in the file as it lies there
@@ -732,11 +752,12 @@ def json_rows(text, name, counts):
 
 
 def csv_rows(text, name, counts):
-    """A header, then one row a line, or several lines where a quoted text has line breaks."""
+    """A header, then rows: one line each, or more where a quoted text has line breaks."""
     csv.field_size_limit(LONGEST_LINE)
     table = csv.DictReader(lines_of(text), strict=True)
     while True:
-        begin = max(1, table.reader.line_num)  # lines read so far; the first is the header
+        # Lines read so far; the first call of next() reads the header too.
+        begin = max(1, table.reader.line_num)
         try:
             row = next(table)
         except StopIteration:
@@ -744,6 +765,7 @@ def csv_rows(text, name, counts):
         except csv.Error:
             row = None
         # A quote that is never closed swallows lines. What is beyond the columns is under None.
+        # Blank lines before a malformed row are counted with it.
         if row is None or None in row:
             counts[f"{name}: malformed line"] += table.reader.line_num - begin
         else:
@@ -800,7 +822,7 @@ def readable_time(value):
         when = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    if 0 <= when < LAST_TIME:  # False for "nan", which is a float
+    if 0 <= when < LAST_TIME:  # not so for "nan", which is a float
         return when
     return None
 
@@ -817,7 +839,9 @@ def read_catalogue(source, item_ids, counts):
     categories = [[] for _ in range(rows)]
     pictures = [""] * rows
     for item in source:
-        i = row_of.pop(str(item["item_id"]), None)  # so that a second line finds none
+        i = None
+        if item["item_id"] is not None:
+            i = row_of.pop(str(item["item_id"]), None)  # so that a second line finds none
         if i is None:
             counts["catalogue: line of an item not kept, or its second"] += 1
             continue
@@ -825,7 +849,7 @@ def read_catalogue(source, item_ids, counts):
         texts[i] = " ".join(strings(item.get("text")))[:2000]
         categories[i] = strings(item.get("categories"))
         candidates = strings(item.get("picture"))
-        if candidates:
+        if candidates:  # the likeliest that is there; the others are not tried
             pictures[i] = candidates[0]
     counts["items: not in the catalogue"] = len(row_of)
     return titles, texts, categories, pictures
@@ -837,12 +861,13 @@ def strings(value, depth=4):
     """
     if isinstance(value, list) and depth > 0:
         found = []
-        for part in value[:2000 * depth]:
+        for part in value[:2000]:  # none that is real has so many
             found += strings(part, depth - 1)
         return found
     if type(value) not in (str, int):
         return []
-    # One line, without control characters; half a letter becomes a question mark.
+    # One line, without control characters. A byte that was no UTF-8 came along as half a letter
+    # (a lone surrogate): it becomes a question mark.
     text = " ".join(str(value)[:10_000].split())
     text = re.sub(r"[\0-\x1f\x7f-\x9f]", "", text)
     text = text.encode("utf-8", "replace").decode()
@@ -857,13 +882,14 @@ FETCHERS = 32  # pictures that are fetched at once: each waits for its host
 DECODERS = 4   # pictures that are decoded at once: a large one takes 200 MB, and what a thread has
 #                had of memory it keeps, so that these are threads of their own
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # Pillow would run a program for PostScript
-Image.MAX_IMAGE_PIXELS = 12_500_000  # Pillow refuses twice as many: an attack on memory
+Image.MAX_IMAGE_PIXELS = 12_500_000  # Pillow warns above this, and refuses above twice as many: a
+#                                      small file can unpack to fill the memory
 
 
 def write_images(run, item_ids, pictures, open_picture, args, counts):
     """Writes images.pt. -> images uint8 (N+1, 3, S, S), on the disk; has_image (N+1,)"""
-    args.run.mkdir(parents=True, exist_ok=True)
-    (args.run / "data.pt").unlink(missing_ok=True)  # an old one must not meet new pictures
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "data.pt").unlink(missing_ok=True)  # an old one must not meet new pictures
     S = args.image_size
     N = len(item_ids)
     blank = bytes(3 * S * S)  # of an item without a picture, and of padding
@@ -880,15 +906,16 @@ def write_images(run, item_ids, pictures, open_picture, args, counts):
 
     # Many at once, but written in the order of the items. (A full disk shows here, in write.)
     has_image = [False]
-    with tempfile.TemporaryFile(dir=args.run) as file:
+    with tempfile.TemporaryFile(dir=run.folder) as file:
         file.write(blank)
         with ThreadPool(DECODERS) as decoders, ThreadPool(FETCHERS) as fetchers:
-            results = fetchers.imap(fetch, range(1, N + 1), chunksize=16)
+            results = fetchers.imap(fetch, range(1, N + 1), chunksize=16)  # 16: less to hand about
             for state, pixels in tqdm(results, "pictures", N, disable=None):
                 counts[f"items: {state}"] += 1
                 has_image.append(state == "picture")
                 file.write(pixels)
         file.flush()
+        # "r+", though nothing is written: torch warns of arrays that are read-only.
         images = np.memmap(file, np.uint8, "r+", shape=(N + 1, 3, S, S))
         run.save({"images": torch.from_numpy(images)}, "images.pt")
 
@@ -900,7 +927,7 @@ def write_images(run, item_ids, pictures, open_picture, args, counts):
 def squeeze(image, S):
     """An opened image of any size and kind. -> the bytes of uint8 (3, S, S)"""
     image.draft("RGB", (2 * S, 2 * S))  # a JPEG decodes at 1/2, 1/4 or 1/8 of its size for less
-    if image.mode.startswith("I"):  # 16 bits, of which Pillow would keep the lower 8
+    if image.mode.startswith("I"):  # 16 bits: Pillow would make white of all above 255
         image = image.point(lambda value: value * (1 / 256)).convert("L")
     ImageOps.exif_transpose(image, in_place=True)  # turned as the camera was; no second copy
     image = image.convert("RGBA").resize((S, S), Image.LANCZOS)
@@ -967,8 +994,8 @@ def download_from_any(session, urls, path):
 
 
 def download(session, url, path, picture=False):
-    """Brings url to path: all of it or nothing. Raises an OSError or a ValueError."""
-    # Until a reply begins, the session tries again by itself. If it breaks off, we go on.
+    """Brings url to path, which exists only when it is complete. Raises OSError or ValueError."""
+    # Until a reply begins, the session tries again by itself. If it breaks off, we go on here.
     for _ in range(TRIES):
         try:
             return go_on(session, url, path, picture)
@@ -989,17 +1016,19 @@ def go_on(session, url, path, picture):
 
     # Range asks for what follows the bytes that we have. If-Range: only if the file is still that
     # version, else for all of it. The status of the reply says which: 206 the rest, 200 all.
-    headers = {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity"}  # lengths and places are those of the file itself
     if have and version:
         headers["Range"] = f"bytes={have}-"
         headers["If-Range"] = version
 
+    # A picture's host might send us on to an address that was not checked: no redirects.
     largest = LARGEST_PICTURE if picture else LARGEST_FILE
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT,
                      allow_redirects=not picture) as reply:
         rest = reply.status_code == 206
         now = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
-        if reply.status_code == 416 or (rest and now not in ("", version)):
+        other = rest and now not in ("", version)
+        if reply.status_code == 416 or other:
             tag.write_text("")  # 416: there is no such rest. The next try begins anew
             raise urllib3.exceptions.HTTPError("the file has changed")
         reply.raise_for_status()
@@ -1019,16 +1048,16 @@ def go_on(session, url, path, picture):
     os.replace(partial, path)
 
 
-def copy(reply, file, name, have, largest, picture):
+def copy(body, file, name, have, largest, picture):
     """Copies the body of a reply as it is: a .gz stays packed. -> bytes that are there now"""
     # The timeout of a reply starts anew with every byte, so it does not end what comes byte by
     # byte. A picture has its time, and a large file has to get on in each PATIENCE seconds.
     since = time.monotonic()
     before = have
-    with tqdm(total=have + (reply.length_remaining or 0), initial=have, desc=name, unit="B",
+    with tqdm(total=have + (body.length_remaining or 0), initial=have, desc=name, unit="B",
               unit_scale=True, disable=picture or None) as bar:
         # read1 returns what has come, be it one byte; read would wait for all that it is asked for.
-        while have <= largest and (part := reply.read1(1 << 18)):
+        while have <= largest and (part := body.read1(1 << 18)):
             file.write(part)
             bar.update(len(part))
             have += len(part)
@@ -1089,7 +1118,9 @@ def check_address(address):
 
 
 def check_peer(ip):
-    if not ipaddress.ip_address(ip).is_global:
+    """Refuses addresses that only this machine or its network has."""
+    address = ipaddress.ip_address(ip)
+    if address.is_multicast or not address.is_global:
         raise Forbidden(f"{ip} is of this machine or its network")
 
 
