@@ -1,4 +1,4 @@
-"""What the paper's reviewers asked, each question with a command that answers it. Minutes to hours; pytest runs a few parts.
+"""What the paper's reviewers asked, each question with a command that answers it. Minutes to hours; pytest runs a few.
 
     python tests/questions.py rows --run runs/films --seeds 0 1 2        # the README's tables: all models, every seed
     python tests/questions.py ablations --run runs/films --seeds 0 1 2   # a part of the method less, one at a time
@@ -9,39 +9,88 @@
     python tests/questions.py unseen --run runs/toy                      # items that no training event shows
     python tests/questions.py growth                                     # costs by the size of the catalogue
 
-A run holds the codes of one seed at a time: `hole`, `ceiling` and `missing` speak of the last seed that was run. What a
-table needs and is there already (predictions-NAME-sSEED.pt) is not trained again.
+A run holds the codes of one seed at a time: `hole`, `ceiling` and `missing` speak of the seed that was run last, and a
+generator whose codes were replaced since is refused. What a table needs and is there already
+(predictions-NAME-sSEED.pt) is not trained again.
+
+letters  B users in a batch, T items of history, L codes of an item in one modality, K values of a code, N items,
+         U users, E width of a model, S side of a picture, d width of a vector that is cut into codes
 """
 import argparse
-import itertools
+import copy
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
 from bench import best, unique_codes
 from conftest import command, script
 
-MODALITIES, FULL = ["image", "text", "collab"], ["--modalities", "image,text,collab", "--target"]
-CODES = {"sasrec": (2, "sasrec.pt", []), "dino": (3, "dino.pt", []), "text": (4, "text_codes.pt", []),
-         "sasrec-content": (2, "sasrec-content.pt", ["--name", "sasrec-content", "--content", "text,image"])}
-ROWS = {"mscgrec": [], "tiger": ["--modalities", "text", "--target", "text"],
-        "mscgrec-content": ["--modalities", "image,text,collab-content", "--target", "collab-content"]}
-FUSED = {"sasrec+mscgrec": ["sasrec", "mscgrec"], "two-sasrecs": ["sasrec", "sasrec-content"],
-         "two-mscgrecs": ["mscgrec", "mscgrec-content"],  # *: the next seed's
-         "four-sasrecs": ["sasrec", "sasrec-content", "sasrec*", "sasrec-content*"],
-         "all-four": ["sasrec", "sasrec-content", "mscgrec", "mscgrec-content"]}
-ABLATIONS = {"no-image": ["--modalities", "text,collab"], "no-text": ["--modalities", "image,collab"],
-             "no-collab": ["--modalities", "image,text", "--target", "text"],
-             "only-image": ["--modalities", "image", "--target", "image"],
-             "only-text": ["--modalities", "text", "--target", "text"], "only-collab": ["--modalities", "collab"],
-             "to-text": [*FULL, "text"], "to-image": [*FULL, "image"], "plain-softmax": ["--unconstrained"],
-             "no-masking": ["--masking", "0"], "bf16": ["--precision", "bf16"],
-             "plain-dino": ["--modalities", "plain,text,collab"],
-             "raw-pixels": ["--modalities", "pixels,text,collab"], "no-distance": [], "no-slots": []}
+MODALITIES = ["image", "text", "collab"]
+
+
+class Maker(NamedTuple):
+    """How something is made that 05 reads, and how to see of which seed the one in the run is."""
+    number: int    # of the script
+    options: str
+    file: str      # one of those that it writes: it holds the options of its run
+
+
+# In the order in which they can be made: the last one reads the codes of the two before it.
+MAKERS = {
+    "sasrec": Maker(2, "", "sasrec.pt"),
+    "dino": Maker(3, "", "dino.pt"),
+    "text": Maker(4, "", "text_codes.pt"),
+    "sasrec-content": Maker(2, "--name sasrec-content --content text,image", "sasrec-content.pt"),
+}
+
+# Rows of the table: options of 05.
+ROWS = {
+    "mscgrec": "",
+    "tiger": "--modalities text --target text",
+    "mscgrec-content": "--modalities image,text,collab-content --target collab-content",
+}
+
+# MSCGRec with something less or another: options of 05. Without an option it has all three modalities and writes the
+# collaborative one.
+ABLATIONS = {
+    "no-image": "--modalities text,collab",
+    "no-text": "--modalities image,collab",
+    "no-collab": "--modalities image,text --target text",
+    "no-collab-shown": "--modalities image,text --target collab",
+    "only-image": "--modalities image --target image",
+    "only-text": "--modalities text --target text",
+    "only-collab": "--modalities collab",
+    "to-text": "--target text",
+    "to-image": "--target image",
+    "plain-softmax": "--unconstrained",
+    "no-masking": "--masking 0",
+    "bf16": "--precision bf16",
+    "plain-dino": "--modalities plain,text,collab",
+    "raw-pixels": "--modalities pixels,text,collab",
+    "no-distance": "",
+    "no-slots": "",
+}
+
+# Of two ablations: which table of the position biases stays at 0. 05 has no option for that.
+HELD_AT_ZERO = {
+    "no-distance": "item",
+    "no-slots": "slot",
+}
+
+# Lists put into one: each is a model, and by how many seeds it is further than the row's own seed.
+FUSED = {
+    "sasrec+mscgrec": [("sasrec", 0), ("mscgrec", 0)],
+    "two-sasrecs": [("sasrec", 0), ("sasrec-content", 0)],
+    "two-mscgrecs": [("mscgrec", 0), ("mscgrec-content", 0)],
+    "four-sasrecs": [("sasrec", 0), ("sasrec-content", 0), ("sasrec", 1), ("sasrec-content", 1)],
+    "all-four": [("sasrec", 0), ("sasrec-content", 0), ("mscgrec", 0), ("mscgrec-content", 0)],
+}
 
 
 def load(path):
@@ -50,315 +99,588 @@ def load(path):
 
 def call(number, *options):
     """Runs a script, its output on the screen; ends with it where it fails."""
-    print("$", " ".join(command(number, *options)[1:]), flush=True)
-    if code := subprocess.run(command(number, *options)).returncode:
+    line = command(number, *options)
+    print("$", " ".join(line[1:]), flush=True)
+    code = subprocess.run(line).returncode
+    if code != 0:
         sys.exit(code)
 
 
-def hits(top, data):
-    """Recall@10, a user each: (U, top) -> (U,)"""
-    return (script(6).rank_of(data["events"][data["offsets"][1:] - 1], top) <= 10).float()
+def link(name, run, folder):
+    """Shows a file of the run in another folder, without a copy."""
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to((run / name).resolve())
 
 
 def table(header, rows):
     print("\n" + script(6).markdown(header, rows) + "\n", flush=True)
 
 
-# --- Tables of 06_eval.py ---------------------------------------------------------------------------------------------
-def prepare(run, seed, names):
-    """SASRec and codes of this seed, where the run has none or those of another."""
-    for number, file, options in (CODES[name] for name in names):
-        made = load(run / file)["options"] if (run / file).exists() else {}
-        if made.get("seed") != seed or made.get("plain"):
-            call(number, "--run", run, "--seed", seed, *options)
+def decimals(numbers, form=".4f"):
+    """Numbers as the cells of a table. -> list of str"""
+    return [format(float(number), form) for number in numbers]
+
+
+def hits(top, data):
+    """Each user's Recall@10: 1 where the last event is among the first ten. (U, top) -> (U,)"""
+    target = data["events"][data["offsets"][1:] - 1]                    # (U,)
+    rank = script(6).rank_of(target, top)                               # (U,)
+    return (rank <= 10).float()                                         # (U,)
+
+
+def had_before(data, left_out):
+    """Which items a user had, the last `left_out` events not counted. -> bool (U, N+1)
+
+    A byte for each pair of user and item: 270 MB for Amazon Beauty of 2014.
+    """
+    events = data["events"].long()                                      # (events,)
+    offsets = data["offsets"]                                           # (U+1,)
+    U = len(data["user_ids"])
+    user = torch.arange(U).repeat_interleave(offsets.diff())            # (events,)
+    end = offsets[1:][user] - left_out                                  # (events,) of that user's counted events
+    counts = torch.arange(len(events)) < end                            # (events,)
+
+    had = torch.zeros(U, len(data["item_ids"]), dtype=torch.bool)       # (U, N+1)
+    had[user[counts], events[counts]] = True
+    return had
+
+
+# --- Tables of 06_eval.py: models are trained, or their lists changed, and 06 compares them ---------------------------
+
+
+def chosen(only, names):
+    """The names that --only has, or all of them. Ends where there is no such name."""
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        sys.exit(f"There is no {', '.join(unknown)}: --only takes some of {', '.join(names)}.")
+    return only or list(names)
 
 
 def lacking(run, seed, names):
+    """Those that have no predictions of this seed yet."""
     return [name for name in names if not (run / f"predictions-{name}-s{seed}.pt").exists()]
 
 
-def rows(run, seeds, only, epochs):
+def prepare(run, seed, names):
+    """SASRec and codes of this seed, where the run has none or those of another."""
+    for name in names:
+        maker = MAKERS[name]
+        made_with = {}
+        if (run / maker.file).exists():
+            made_with = load(run / maker.file)["options"]
+        # Somebody may have made image codes with 03 --plain: they are not those of the method.
+        if made_with.get("seed") != seed or made_with.get("plain"):
+            call(maker.number, "--run", run, "--seed", seed, *maker.options.split())
+
+
+def generator_options(args, seed, name, options):
+    """The command line of 05 for one row. -> list of str"""
+    line = ["--run", args.run, "--seed", seed, "--epochs", args.epochs, "--name", name, *options.split()]
+    return [str(part) for part in line]
+
+
+def rows(args):
     """SASRec, SASRec with content, MSCGRec, its row with other codes, and the TIGER-like model, with each seed."""
-    for seed in seeds:
-        if todo := lacking(run, seed, only or ROWS):
-            prepare(run, seed, CODES)
+    names = chosen(args.only, ROWS)
+    for seed in args.seeds:
+        todo = lacking(args.run, seed, names)
+        if todo:
+            prepare(args.run, seed, MAKERS)
         for name in todo:
-            call(5, "--run", run, "--seed", seed, "--epochs", epochs, "--name", name, *ROWS[name])
-    call(6, "--run", run)
+            call(5, *generator_options(args, seed, name, ROWS[name]))
+    call(6, "--run", args.run)
 
 
-def more_codes(run, seed):
-    """Codes of the same pictures by DINO without a quantiser, and by the pixels themselves."""
+def ablations(args):
+    """MSCGRec with one part less."""
+    names = chosen(args.only, ["mscgrec", *ABLATIONS])
+    for seed in args.seeds:
+        todo = lacking(args.run, seed, names)
+        if todo:
+            prepare(args.run, seed, ["sasrec", "dino", "text"])
+        if "plain-dino" in todo:
+            make_plain_codes(args.run, seed)
+        if "raw-pixels" in todo:
+            make_pixel_codes(args.run, seed)
+        for name in todo:
+            options = generator_options(args, seed, name, ABLATIONS.get(name, ""))
+            if name in HELD_AT_ZERO:
+                train_without_bias(HELD_AT_ZERO[name], options)
+            else:
+                call(5, *options)
+    call(6, "--run", args.run, "--against", "mscgrec")
+
+
+def make_plain_codes(run, seed):
+    """plain_codes.pt: k-means after DINO without a quantiser. In a folder of its own, as 03 writes image_codes.pt."""
     folder = run / "plain"
     folder.mkdir(exist_ok=True)
-    for name in ("data.pt", "images.pt"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to((run / name).resolve())
+    link("data.pt", run, folder)
+    link("images.pt", run, folder)
     call(3, "--run", folder, "--seed", seed, "--plain")
-    shutil.move(folder / "image_codes.pt", run / "plain_codes.pt")
-    text, data, rng = script(4), load(run / "data.pt"), torch.Generator().manual_seed(seed)
-    known, pixels = data["has_image"], load(run / "images.pt")["images"].flatten(1)  # (N+1,), (N+1, 3 * S * S)
-    x = pixels[known].float()  # (n, 3 * S * S)
-    x = (x - x.mean(0)) @ torch.pca_lowrank(x, 96)[2]  # (n, 96): as wide as RQ-DINO's
-    embeddings = torch.zeros(len(known), 96)  # (N+1, 96)
-    embeddings[known] = x / x.square().mean().sqrt()
-    codebooks = text.residual_kmeans(embeddings[known], text.codebook_size(len(known) - 1), rng)  # (3, K, 96)
+    os.replace(folder / "image_codes.pt", run / "plain_codes.pt")
+
+
+def make_pixel_codes(run, seed):
+    """pixels_codes.pt: k-means of the pixels themselves, of which no network has learnt anything."""
+    text = script(4)
+    data = load(run / "data.pt")
+    known = data["has_image"]                                           # (N+1,)
+    images = load(run / "images.pt")["images"]                          # (N+1, 3, S, S)
+    pixels = images[known].flatten(1).float()                           # (n, 3 * S * S)
+
+    # Their principal coordinates, as many as the embeddings of RQ-DINO have.
+    torch.manual_seed(seed)
+    width = min(96, *pixels.shape)
+    _, _, directions = torch.pca_lowrank(pixels, width)                 # (3 * S * S, width)
+    x = (pixels - pixels.mean(0)) @ directions                          # (n, width)
+
+    # From here on as 04 does it with the vectors of texts.
+    embeddings = text.standard_embeddings(x, known)                     # (N+1, width)
+    rng = torch.Generator().manual_seed(seed)
+    K = text.codebook_size(len(known) - 1)
+    codebooks = text.residual_kmeans(embeddings[known], K, rng)         # (3, K, width)
     codes, moved = text.finish_codes(embeddings, known, codebooks, data["train_counts"], rng)  # (N+1, L)
-    torch.save({"codes": codes, "codebooks": codebooks, "embeddings": embeddings, "known": known, "moved": moved},
-               run / "pixels_codes.pt")
+    artifact = {
+        "codes": codes,
+        "codebooks": codebooks,
+        "embeddings": embeddings,
+        "known": known,
+        "moved": moved,
+    }
+    torch.save(artifact, run / "pixels_codes.pt")
 
 
-def ablations(run, seeds, only, epochs):
-    """MSCGRec with one part less. Position biases are held at 0 from here: 05 has no option for that."""
-    for seed in seeds:
-        if todo := lacking(run, seed, only or ("mscgrec", *ABLATIONS)):
-            prepare(run, seed, ("sasrec", "dino", "text"))
-        if {"plain-dino", "raw-pixels"} & set(todo):
-            more_codes(run, seed)
-        for name in todo:
-            options = ["--run", run, "--seed", seed, "--epochs", epochs, "--name", name, *ABLATIONS.get(name, [])]
-            if name not in ("no-distance", "no-slots"):
-                call(5, *options)
-                continue
-            print(f"05_generator.py, {name}: this bias stays 0", flush=True)
-            g = script(5)
+def train_without_bias(which, options):
+    """Runs 05 with one table of its position biases held at 0. which: "item" or "slot", options: list of str"""
+    print("$ 05_generator.py", *options, f"# the bias `{which}` stays 0", flush=True)
+    five = script(5)
+    build = five.build
 
-            class Without(g.RelativeBias):
-                def __init__(self, *args):
-                    super().__init__(*args)
-                    (self.item if name == "no-distance" else self.slot).requires_grad_(False)
-            g.RelativeBias = Without
-            g.main([str(option) for option in options])
-    call(6, "--run", run, "--against", "mscgrec")
+    def build_without(sources, args):
+        # The tables start at 0, so what is not trained adds nothing.
+        model, trie = build(sources, args)
+        for bias in (model.encoder_bias, model.cross_bias):
+            getattr(bias, which).requires_grad_(False)
+        return model, trie
+
+    five.build = build_without
+    five.main(options)
+
+
+def fusion(args):
+    """Several models' lists in one. Any fusion helps: its control is one of as many SASRecs (four: of two seeds)."""
+    for place, seed in enumerate(args.seeds):
+        for name, parts in FUSED.items():
+            paths = []
+            for model, further in parts:
+                # The seeds are a ring: after the last one comes the first.
+                other = args.seeds[(place + further) % len(args.seeds)]
+                paths.append(args.run / f"predictions-{model}-s{other}.pt")
+
+            # With one seed, the next one is the same: nothing to put together.
+            distinct = len(set(paths)) == len(paths)
+            if distinct and all(path.exists() for path in paths):
+                lists = [load(path) for path in paths]
+                fused = {"name": name, "seed": seed}
+                for split in ("valid", "test"):
+                    fused[split] = fuse([one[split] for one in lists])  # (U, top)
+                torch.save(fused, args.run / f"predictions-{name}-s{seed}.pt")
+    call(6, "--run", args.run)
 
 
 def fuse(lists, k=20):
-    """Reciprocal rank fusion (Cormack et al., SIGIR 2009): an item's score is the sum over lists that hold it of
-    1 / (k + items above it); k was chosen on validation. Lists of (U, top), best first, 0: none -> (U, top)"""
+    """Reciprocal rank fusion (Cormack et al., SIGIR 2009): the best items of several lists together.
+
+        score(item) = sum over the lists that hold it of 1 / (k + items above it)
+
+    k was chosen on validation. lists: each (U, top), best first, 0: no item -> (U, top)
+    """
+    # All lists of a user in one row. An entry has points for its place in the list that it comes from.
+    items = torch.cat(lists, 1).long()                                  # (U, all)
     top = lists[0].shape[1]
-    items = torch.cat(lists, 1).long()  # (U, all)
-    points = (1 / (k + torch.arange(top))).repeat(len(lists)) * (items > 0)  # (U, all)
-    same = items.unsqueeze(2) == items.unsqueeze(1)  # (U, all, all)
-    score = (same * points.unsqueeze(1)).sum(2)  # (U, all)
-    score[(same.tril(-1)).any(2)] = -1  # only an item's first place counts
-    return items.gather(1, score.topk(top).indices).int()  # (U, top)
+    above = torch.arange(top).repeat(len(lists))                        # (all,)
+    points = 1 / (k + above) * (items > 0)                              # (U, all)
+
+    # An entry's score: the points of all entries of the row that hold the same item.
+    #   items    5   3   3   8        two lists, 5 3 and 3 8
+    #   points  1/20 1/21 1/20 1/21
+    #   score   1/20 1/20 + 1/21, twice  1/21
+    same = items.unsqueeze(2) == items.unsqueeze(1)                     # (U, all, all): entry, other entry
+    score = (same * points.unsqueeze(1)).sum(2)                         # (U, all)
+
+    # Each item must come once: an entry falls out if one before it holds the same item. tril(-1) keeps the pairs below
+    # the diagonal, where the other entry stands before.
+    repeats = same.tril(-1).any(2)                                      # (U, all)
+    score[repeats] = -1
+    best_entries = score.topk(top).indices                              # (U, top)
+    return items.gather(1, best_entries).int()                          # (U, top)
 
 
-def fusion(run, seeds, only, epochs):
-    """Several models' lists in one. Any fusion helps: its control is one of as many SASRecs (four: of two seeds)."""
-    after = dict(zip(seeds, seeds[1:] + seeds[:1]))
-    for seed in seeds:
-        for name, parts in FUSED.items():
-            paths = [run / f"predictions-{part.strip('*')}-s{after[seed] if '*' in part else seed}.pt"
-                     for part in parts]
-            if all(path.exists() for path in paths) and len(set(paths)) == len(paths):
-                lists = [load(path) for path in paths]
-                new = {split: fuse([one[split] for one in lists]) for split in ("valid", "test")}  # (U, top) each
-                torch.save({"name": name, "seed": seed, **new}, run / f"predictions-{name}-s{seed}.pt")
-    call(6, "--run", run)
-
-
-def seen(run, seeds, only, epochs):
+def seen(args):
     """What users had already cannot come again (01 drops repeats), and is still recommended: how much of the first tens
     it is, and the table of 06 without it. All models alike, from their files, into RUN/new."""
-    data, new, answers = load(run / "data.pt"), run / "new", []
-    new.mkdir(exist_ok=True)
-    for old in new.glob("*"):
-        old.unlink()
-    (new / "data.pt").symlink_to((run / "data.pt").resolve())
-    U, N = len(data["user_ids"]), len(data["item_ids"]) - 1
-    user = torch.arange(U).repeat_interleave(data["offsets"].diff())  # (events,)
-    key = user * (N + 1) + data["events"]  # (events,): a number for each pair of user and item
-    key[data["offsets"][1:] - 1] = 0  # of user 0 and padding
-    for path in sorted(run.glob("predictions-*.pt")):
+    data = load(args.run / "data.pt")
+    new = args.run / "new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    link("data.pt", args.run, new)
+
+    had = had_before(data, left_out=1)                                  # (U, N+1), all but the item to be found
+    answers = []
+    for path in sorted(args.run.glob("predictions-*.pt")):
         saved = load(path)
-        top = saved["test"].long()  # (U, top)
-        again = torch.isin(torch.arange(U).unsqueeze(1) * (N + 1) + top, key) & (top > 0)  # (U, top)
-        top = top.masked_fill(again, 0).gather(1, again.int().argsort(dim=1, stable=True))  # (U, top), zeros last
-        torch.save(saved | {"test": top.int()}, new / path.name)
-        answers.append([path.stem[12:], f"{again[:, :10].float().mean():.1%}", f"{(top[:, 9] > 0).float().mean():.1%}"])
+        top = saved["test"].long()                                      # (U, top)
+        again = had.gather(1, top)                                      # (U, top); nobody had item 0
+
+        # What the user had goes, the others move up, and the end of the list is empty: 7 3 9 becomes 7 9 0 without
+        # 3. A stable sort by "had it" brings the others to the front and leaves them in their order.
+        order = again.int().argsort(dim=1, stable=True)                 # (U, top)
+        left = top.masked_fill(again, 0).gather(1, order)               # (U, top)
+        torch.save({**saved, "test": left.int()}, new / path.name)
+
+        name = path.stem.removeprefix("predictions-")
+        of_first_ten = again[:, :10].float().mean()
+        ten_are_left = (left[:, :10] > 0).all(1).float().mean()
+        answers.append([name, f"{of_first_ten:.1%}", f"{ten_are_left:.1%}"])
     table(["predictions", "of the first ten the user had before", "users with ten others in the list"], answers)
     call(6, "--run", new)
 
 
 # --- Questions to models that lie in the run --------------------------------------------------------------------------
-def generator(run, name, hidden=()):
-    """The trained model; modalities in `hidden` are those that all items of a history lack. -> model, tree, args"""
-    g, saved = script(5), load(run / f"generator-{name}.pt")
-    args = argparse.Namespace(**saved["options"])
-    modalities = args.modalities.split(",")
-    sources = [load(run / f"{m}_codes.pt") for m in modalities]
-    codes, known = (torch.stack([s[key] for s in sources], 1) for key in ("codes", "known"))  # (N+1, D, L), (N+1, D)
-    for m in set(hidden) & set(modalities):
-        known[:, modalities.index(m)] = False
-    target, books = modalities.index(args.target), [s["codebooks"] for s in sources]
-    model = g.Generator(codes.long(), known, target, books, args)
+
+
+def trained_generator(folder, name, hidden=None):
+    """The generator of that name. hidden: a modality that all items of all histories lack.
+
+    -> the script as a module, model, tree, options of its run
+    """
+    five = script(5)
+    run = five.Run(folder)
+    data = run.load("data.pt", "01_data.py")
+    args = argparse.Namespace(**load(folder / f"generator-{name}.pt")["options"])
+    args.device = "cpu"
+    sources = five.read_codes(run, data, args)
+    # Read once more, after the codes: now `load` refuses it if it was made from others.
+    saved = run.load(f"generator-{name}.pt", "05_generator.py")
+
+    if hidden in sources:
+        sources[hidden]["known"][:] = False
+    model, trie = five.build(sources, args)
     model.load_state_dict(saved["weights"])
-    return g, model, g.Trie(codes[:, target], books[0].shape[1]), args
+    return five, model.eval(), trie, args
 
 
-def missing(run, seeds, only, epochs):
+def missing(args):
     """Test histories without a modality, of models trained with masking and (row no-masking) without."""
-    data, answers = load(run / "data.pt"), []
-    everyone = torch.arange(len(data["user_ids"]))
-    for name in only or ("mscgrec", "no-masking"):
-        if not (run / f"generator-{name}.pt").exists():
-            print(f"{run}/generator-{name}.pt is not there: skipped")
+    data = load(args.run / "data.pt")
+    everyone = torch.arange(len(data["user_ids"]))                      # (U,)
+    answers = []
+    for name in args.only or ["mscgrec", "no-masking"]:
+        if not (args.run / f"generator-{name}.pt").exists():
+            print(f"{args.run}/generator-{name}.pt is not there: skipped")
             continue
-        cells = []
-        for hidden in ([], *([m] for m in MODALITIES)):
-            g, model, trie, args = generator(run, name, hidden)
-            top = g.recommend(model, trie, data, "test", everyone, args, torch.device("cpu"))[0]
-            cells.append(f"{hits(top, data).mean():.4f}")
-        answers.append([name, *cells])
-    table(["Recall@10", "all", *(f"no {m} at test time" for m in MODALITIES)], answers)
+        recall = []
+        for hidden in [None, *MODALITIES]:
+            five, model, trie, trained = trained_generator(args.run, name, hidden)
+            top, _ = five.recommend(model, trie, data, "test", everyone, trained)  # (U, beam)
+            recall.append(hits(top, data).mean())
+        answers.append([name, *decimals(recall)])
+    without = [f"no {modality} at test time" for modality in MODALITIES]
+    table(["Recall@10", "all", *without], answers)
 
 
 @torch.no_grad()
-def sasrec_scores(run, data, split, gap=0):
-    """All items' scores (U, N) by the run's SASRec, if it does not know the last `gap` events (the first it does)."""
-    saved, s, N = load(run / "sasrec.pt"), script(2), len(data["item_ids"]) - 1
-    options = argparse.Namespace(**saved["options"])
-    model = s.SASRec(N, options.length, options.width, options.heads, options.layers, 0.0,
-                     post=getattr(options, "post_norm", False))
+def sasrec_scores(folder, data, split, unknown=0):
+    """What the run's SASRec gives to every item, if it does not know the last `unknown` events of the history (a
+    history keeps its first event in any case). -> (U, N)
+    """
+    two = script(2)
+    run = two.Run(folder)
+    saved = run.load("sasrec.pt", "02_sasrec.py")
+    args = argparse.Namespace(**saved["options"])
+    args.device = "cpu"
+    model = two.build(run, data, args)
     model.load_state_dict(saved["weights"])
     model.eval()
-    start, length = s.windows(split, data["offsets"], options.length)  # (U,) both
-    length, hidden = (length - gap).clamp(min=1), torch.zeros(len(start), options.width)  # (U,), (U, E)
-    for batch in s.equal_length_batches(length, 8192):
-        history = data["events"][start[batch, None] + torch.arange(length[batch[0]])]  # (B, T)
-        hidden[batch] = model(history.long())[:, -1]
-    return hidden @ model.vectors()[1:].T
+
+    start, length = two.held_out_windows(split, data["offsets"], args.length)  # (U,) both
+    length = (length - unknown).clamp(min=1)                            # (U,)
+    hidden = torch.zeros(len(start), args.width)                        # (U, E)
+    for batch in two.equal_length_batches(length, two.RANKED_EVENTS):
+        place = torch.arange(length[batch[0]])                          # (T,)
+        history = data["events"][start[batch, None] + place]            # (B, T)
+        hidden[batch] = model(history.long())[:, -1]                    # (B, E)
+    return hidden @ model.vectors()[1:].T                               # (U, N)
 
 
-def hole(run, seeds, only, epochs):
+def hole(args):
     """What a hole in the history costs: SASRec on validation, if it does not know the last events before the one to be
     found. With and without the items of the known history: nobody has one twice, and others leave them out."""
-    six, data, answers = script(6), load(run / "data.pt"), []
-    truth = data["events"][data["offsets"][1:] - 2]  # (U,)
-    for gap in (0, 1, 2):
-        scores, cells = sasrec_scores(run, data, "valid", gap), []  # (U, N)
-        new = scores.clone()  # (U, N)
-        for u, (begin, end) in enumerate(itertools.pairwise(data["offsets"].tolist())):
-            new[u, data["events"][begin:end - 2 - gap].long() - 1] = -torch.inf
+    six = script(6)
+    data = load(args.run / "data.pt")
+    target = data["events"][data["offsets"][1:] - 2]                    # (U,)
+    answers = []
+    for unknown in (0, 1, 2):
+        scores = sasrec_scores(args.run, data, "valid", unknown)        # (U, N)
+        # The last two events are those to be found, for validation and for the test.
+        had = had_before(data, left_out=2 + unknown)[:, 1:]             # (U, N)
+        new = scores.masked_fill(had, -torch.inf)                       # (U, N)
+        cells = [str(unknown)]
         for some in (scores, new):
-            top = some.topk(10).indices + 1  # (U, 10)
-            cells += [f"{x:.4f}" for x in six.gains(six.rank_of(truth, top)).mean(0)[[2, 4]]]
-        answers.append([str(gap), *cells])
+            top = some.topk(10).indices + 1                             # (U, 10)
+            mean = six.gains(six.rank_of(target, top)).mean(0)          # (metrics,)
+            cells += decimals([mean[six.RECALL_10], mean[six.NDCG_10]])
+        answers.append(cells)
     table(["events not known", "Recall@10", "NDCG@10", "without the history's items: Recall@10", "NDCG@10"], answers)
 
 
-def ceiling(run, seeds, only, epochs):
-    """Where recall is lost. Codes: SASRec's own recall if all items that share a prefix get its mean score (ties at
-    random). Beam: what it finds of the first tens by exhaustive scoring. Fit: the loss of each code on test events."""
-    data, answers = load(run / "data.pt"), []
-    scores, N = sasrec_scores(run, data, "test"), len(data["item_ids"]) - 1  # scores: (U, N)
+def ceiling(args):
+    """Where recall is lost: in the codes, in the beam, or in what the generator has learnt?"""
+    data = load(args.run / "data.pt")
+    what_codes_lose(args.run, data)
+    five, model, trie, trained = trained_generator(args.run, "mscgrec")
+    what_the_beam_loses(five, model, trie, trained, data)
+    what_does_not_last(five, model, trie, trained, data, args.run)
+
+
+def what_codes_lose(run, data):
+    """SASRec's own recall if all items that share a prefix get the mean of their scores."""
+    scores = sasrec_scores(run, data, "test")                           # (U, N)
+    U, N = scores.shape
+    answers = []
     for modality in MODALITIES:
-        codes, cells = load(run / f"{modality}_codes.pt")["codes"][1:], []  # (N, L)
+        codes = load(run / f"{modality}_codes.pt")["codes"][1:]         # (N, L)
+        recall = []
         for l in (1, 2, 3, 4):
-            group = codes[:, :l].unique(dim=0, return_inverse=True)[1]  # (N,)
-            size = torch.bincount(group)  # (groups,)
-            mean = torch.zeros(len(scores), len(size)).index_add_(1, group, scores) / size  # (U, groups)
+            # Items of one prefix are a group, and the scores of a group are put together.
+            _, group = codes[:, :l].unique(dim=0, return_inverse=True)  # (N,)
+            size = torch.bincount(group)                                # (groups,)
+            total = torch.zeros(U, len(size)).index_add_(1, group, scores)  # (U, groups)
+            mean = total / size                                         # (U, groups)
+
+            # Within a group chance decides: the order of the items' numbers must not.
             torch.manual_seed(0)
-            top = (mean[:, group] + 1e-6 * torch.rand(N)).topk(10).indices + 1  # (U, 10)
-            cells.append(f"{hits(top, data).mean():.4f}")
-        answers.append([modality, *cells])
+            luck = 1e-6 * torch.rand(N)                                 # (N,)
+            top = (mean[:, group] + luck).topk(10).indices + 1          # (U, 10)
+            recall.append(hits(top, data).mean())
+        answers.append([modality, *decimals(recall)])
     table(["SASRec's Recall@10 by means over", "1 code", "2 codes", "3 codes", "all 4: its own"], answers)
 
-    g, model, trie, args = generator(run, "mscgrec")
-    users = torch.randperm(len(scores))[:200]
-    narrow, wide = (g.recommend(model.eval(), trie, data, "test", users, argparse.Namespace(
-        **{**vars(args), "beam": beam}), torch.device("cpu"))[0][:, :10] for beam in (args.beam, N))  # (200, 10) both
-    found = (wide.unsqueeze(2) == narrow.unsqueeze(1)).any(2).float().mean()
-    print(f"200 users: {found:.1%} of the first ten by exhaustive scoring are among the first ten of beam {args.beam}")
-    start, length = g.windows("test", data["offsets"], args.length)  # (U,) both
-    total, codes = torch.zeros(trie.L), load(run / f"{args.target}_codes.pt")["codes"].long()  # (L,), (N+1, L)
-    with torch.no_grad():
-        for batch in g.equal_length_batches(length, 1024):
-            events = data["events"][start[batch, None] + torch.arange(length[batch[0]] + 1)].long()  # (B, S+1)
-            logits, items = model(events[:, :-1], events[:, 1:])[:, -1], events[:, -1]  # (B, L, K), (B,)
-            total += g.code_losses(logits, codes[items], items, trie)
-    losses = load(run / "generator-mscgrec.pt")["losses"]  # (epochs, L)
-    shown = lambda x: [f"{y:.2f}" for y in (*x, x.sum())]
-    table(["mscgrec's loss, nats", "code 1", "code 2", "code 3", "code 4", "sum"],
-          [["training, last epoch (with dropout)", *shown(losses[-1])], ["test events", *shown(total / len(start))]])
+
+def what_the_beam_loses(five, model, trie, args, data):
+    """How much of the first tens by exhaustive scoring the beam finds: a beam of N is that."""
+    torch.manual_seed(0)
+    users = torch.randperm(len(data["user_ids"]))[:200]                 # (200,)
+    exhaustive = copy.copy(args)
+    exhaustive.beam = len(data["item_ids"]) - 1
+    found, _ = five.recommend(model, trie, data, "test", users, args)   # (200, beam)
+    best_of_all, _ = five.recommend(model, trie, data, "test", users, exhaustive)  # (200, N)
+
+    found = found[:, :10].unsqueeze(1)                                  # (200, 1, 10)
+    best_ten = best_of_all[:, :10].unsqueeze(2)                         # (200, 10, 1)
+    share = (best_ten == found).any(2).float().mean()                   # ()
+    print(f"{len(users)} users: {share:.1%} of the first ten by exhaustive scoring are among the first ten of "
+          f"beam {args.beam}")
 
 
-def unseen(run, seeds, only, epochs):
+@torch.no_grad()
+def what_does_not_last(five, model, trie, args, data, run):
+    """The loss of each code, in training and on the test events."""
+    start, length = five.held_out_windows("test", data["offsets"], args.length)  # (U,) both
+    total = torch.zeros(trie.L)                                         # (L,)
+    for batch in five.equal_length_batches(length, five.RANKED_EVENTS):
+        place = torch.arange(length[batch[0]] + 1)                      # (T+1,)
+        events = data["events"][start[batch, None] + place].long()      # (B, T+1)
+        # The generator writes an item after each place of the history. Here only the last one is asked for.
+        logits = model(events[:, :-1], events[:, 1:])[:, -1]            # (B, L, K)
+        total += five.code_losses(logits, events[:, -1], trie)          # (L,)
+    on_test = total / len(start)                                        # (L,)
+    in_training = load(run / "generator-mscgrec.pt")["losses"][-1]      # (L,)
+
+    answers = []
+    for what, losses in (("training, last epoch (with dropout)", in_training), ("test events", on_test)):
+        answers.append([what, *decimals([*losses, losses.sum()], ".2f")])
+    codes = [f"code {l + 1}" for l in range(trie.L)]
+    table(["mscgrec's loss, nats", *codes, "sum"], answers)
+
+
+# --- Unseen items -----------------------------------------------------------------------------------------------------
+
+
+TARGETS = {  # rows of the table: which modality 05 writes; SASRec writes none
+    "sasrec": None,
+    "to-collab": "collab",
+    "to-text": "text",
+    "to-image": "image",
+}
+
+
+def unseen(args):
     """A twentieth of the items lose all events but those to be found; the models are trained without them."""
-    target_of = {"sasrec": None, "to-collab": "collab", "to-text": "text", "to-image": "image"}
-    data, totals = load(run / "data.pt"), {}
-    for seed in seeds:
+    data = load(args.run / "data.pt")
+    N = len(data["item_ids"]) - 1
+    recall = {name: [] for name in TARGETS}
+    for seed in args.seeds:
         torch.manual_seed(seed)
-        N, folder = len(data["item_ids"]) - 1, run / f"unseen-{seed}"
-        folder.mkdir(exist_ok=True)
-        held = torch.zeros(N + 1, dtype=torch.bool)  # (N+1,)
+        held = torch.zeros(N + 1, dtype=torch.bool)                     # (N+1,)
         held[1 + torch.randperm(N)[:N // 20]] = True
-        last = torch.zeros(len(data["events"]), dtype=torch.bool)  # (events,)
-        last[data["offsets"][1:] - 1] = True
-        stays = ~held[data["events"].long()] | last  # (events,)
-        user = torch.arange(len(data["user_ids"])).repeat_interleave(data["offsets"].diff())  # (events,)
-        stays &= (torch.bincount(user[stays], minlength=len(data["user_ids"])) >= 3)[user]
-        users, events = user[stays].unique(return_counts=True), data["events"][stays]
-        offsets = torch.cat([torch.zeros(1).long(), users[1].cumsum(0)])  # (U+1,)
-        training = torch.ones(len(events), dtype=torch.bool)  # (events,)
-        training[torch.cat([offsets[1:] - 1, offsets[1:] - 2])] = False
-        counts = torch.bincount(events[training].long(), minlength=N + 1).int()  # (N+1,)
-        assert not counts[held].any()
-        new = data | {"events": events, "offsets": offsets, "train_counts": counts,
-                      "user_ids": [data["user_ids"][u] for u in users[0]]}
+        new = without_training_events(data, held)
+
+        folder = args.run / f"unseen-{seed}"
+        folder.mkdir(exist_ok=True)
         torch.save(new, folder / "data.pt")
-        if not (folder / "images.pt").exists():
-            (folder / "images.pt").symlink_to((run / "images.pt").resolve())
+        link("images.pt", args.run, folder)
         for number in (2, 3, 4):
             call(number, "--run", folder, "--seed", seed)
-        rare = held[events[offsets[1:] - 1].long()]  # (U,): users whose item to be found is unseen
-        for name, target in target_of.items():
+        for name, target in TARGETS.items():
             if target:
-                call(5, "--run", folder, "--seed", seed, "--epochs", epochs, "--name", name, "--target", target)
-            hit = hits(load(folder / f"predictions-{name}-s{seed}.pt")["test"], new)  # (U,)
-            totals.setdefault(name, []).append(torch.stack([hit[rare].mean(), hit[~rare].mean()]))
-    print(f"{int(rare.sum())} of {len(rare)} users (last seed) are to find an unseen item; chance {10 / N:.4f}")
-    table(["Recall@10, mean of the seeds", "unseen items", "all others"],
-          [[name, *(f"{x:.4f}" for x in torch.stack(some).mean(0))] for name, some in totals.items()])
+                options = ["--epochs", args.epochs, "--name", name, "--target", target]
+                call(5, "--run", folder, "--seed", seed, *options)
+
+        target = new["events"][new["offsets"][1:] - 1].long()           # (U,)
+        looks_for_unseen = held[target]                                 # (U,)
+        for name in TARGETS:
+            top = load(folder / f"predictions-{name}-s{seed}.pt")["test"]  # (U, top)
+            hit = hits(top, new)                                        # (U,)
+            both = [hit[looks_for_unseen].mean(), hit[~looks_for_unseen].mean()]
+            recall[name].append(torch.stack(both))                      # (2,)
+
+    print(f"{looks_for_unseen.sum()} of {len(looks_for_unseen)} users (last seed) are to find an unseen item; "
+          f"chance {10 / N:.4f}")
+    answers = []
+    for name, by_seed in recall.items():
+        mean = torch.stack(by_seed).mean(0)                             # (2,)
+        answers.append([name, *decimals(mean)])
+    table(["Recall@10, mean of the seeds", "unseen items", "all others"], answers)
 
 
-def growth(run, seeds, only, epochs):
+def without_training_events(data, held):
+    """A shop in which the held items have no events, but where they are the last one of a user.
+
+    held: bool (N+1,) -> data, as 01 writes it
+    """
+    events = data["events"]                                             # (events,)
+    offsets = data["offsets"]                                           # (U+1,)
+    U = len(data["user_ids"])
+    N = len(data["item_ids"]) - 1
+    user = torch.arange(U).repeat_interleave(offsets.diff())            # (events,)
+    last = torch.zeros(len(events), dtype=torch.bool)                   # (events,)
+    last[offsets[1:] - 1] = True
+    stays = last | ~held[events.long()]                                 # (events,)
+
+    # A user needs one event each to train, validate and test: who has fewer left goes.
+    left = torch.bincount(user[stays], minlength=U)                     # (U,)
+    enough = left >= 3                                                  # (U,)
+    stays = stays & enough[user]                                        # (events,)
+
+    # Those who stay are numbered anew: their events, one user after another, and where each user begins.
+    events = events[stays]                                              # (events,)
+    lengths = left[enough]                                              # (U,)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])  # (U+1,)
+    training = torch.ones(len(events), dtype=torch.bool)                # (events,)
+    training[offsets[1:] - 1] = False  # test
+    training[offsets[1:] - 2] = False  # validation
+    train_counts = torch.bincount(events[training].long(), minlength=N + 1).int()  # (N+1,)
+    if train_counts[held].any():
+        sys.exit("A training event shows an item that should be unseen.")
+
+    user_ids = [data["user_ids"][u] for u in enough.nonzero()[:, 0]]
+    return {**data, "events": events, "offsets": offsets, "train_counts": train_counts, "user_ids": user_ids}
+
+
+# --- Costs by the size of the catalogue -------------------------------------------------------------------------------
+
+
+CATALOGUES = [10_000, 100_000, 1_000_000]  # items
+SIZE = argparse.Namespace(width=64, layers=2, heads=4, head=16, inner=256, dropout=0.1)  # 05's defaults
+
+
+@torch.no_grad()
+def growth(args):
     """Default sizes, random codes: what an item costs, and what a recommendation costs."""
-    g, s, answers = script(5), script(2), []
-    args = argparse.Namespace(width=64, layers=2, heads=4, head=16, inner=256, dropout=0.1)
-    known, books = torch.ones(1_000_001, 3, dtype=torch.bool), [torch.randn(3, 256, 64)] * 3
-    for N in (10_000, 100_000, 1_000_000):
+    answers = []
+    for N in CATALOGUES:
         torch.manual_seed(0)
-        codes = torch.stack([unique_codes(N) for _ in MODALITIES], 1)  # (N+1, D, L)
-        model = g.Generator(codes, known[:N + 1], 2, books, args).eval()
-        trie, baseline = g.Trie(codes[:, 2], 256), s.SASRec(N, 20, 64, 2, 2, 0.5).eval()
-        tree = sum(t.nbytes for t in [*trie.keys, *trie.allowed, trie.leaf_item])
-        sizes = [4 * N * 64, 2 * codes[1:].numel() + 4 * model.tokens.weight.numel() + tree]
-        with torch.no_grad():
-            for B in (1, 256):
-                x = torch.randint(1, N + 1, (B, 20))  # (B, T)
-                sizes += [1000 / B * best(work, 3) for work in (
-                    lambda: (baseline(x)[:, -1] @ baseline.vectors()[1:].T).topk(20),
-                    lambda: g.beam_search(model, trie, x, 20))]
-        answers.append([f"{N:,}", *(f"{x / 1e6:.1f}" for x in sizes[:2]), *(f"{x:.2f}" for x in sizes[2:])])
-    table(["items", "MB, SASRec's table", "MB, codes, tokens, tree", "s / 1,000 users one by one: SASRec", "MSCGRec",
-           "256 at once: SASRec", "MSCGRec"], answers)
+        sasrec = script(2).SASRec(N, T=20, E=64, H=2, layers=2, dropout=0.5).eval()
+        five = script(5)
+        sources = random_sources(N)
+        generator = five.Generator(sources, MODALITIES, "collab", SIZE).eval()
+        trie = five.Trie(sources["collab"]["codes"], 256)
+
+        megabytes = [sasrec.items.weight[1:].nbytes / 1e6, bytes_of_items(generator, trie) / 1e6]
+        seconds = []
+        for B in (1, 256):
+            history = torch.randint(1, N + 1, (B, 20))                  # (B, T)
+
+            def score_all_items():
+                wanted = sasrec(history)[:, -1]                         # (B, E)
+                return (wanted @ sasrec.vectors()[1:].T).topk(20)       # (B, 20)
+
+            def search():
+                return five.beam_search(generator, trie, history, 20)   # (B, 20)
+
+            for recommend in (score_all_items, search):
+                seconds.append(1000 / B * best(recommend, 3))
+        answers.append([f"{N:,}", *decimals(megabytes, ".1f"), *decimals(seconds, ".2f")])
+    header = [
+        "items",
+        "MB, SASRec's table",
+        "MB, codes, tokens, tree",
+        "s / 1,000 users one by one: SASRec",
+        "MSCGRec",
+        "256 at once: SASRec",
+        "MSCGRec",
+    ]
+    table(header, answers)
+
+
+def random_sources(N):
+    """Random codes of three modalities with random centroids, as their files hold them; all items are known."""
+    sources = {}
+    for modality in MODALITIES:
+        sources[modality] = {
+            "codes": unique_codes(N),                                   # (N+1, L)
+            "known": torch.ones(N + 1, dtype=torch.bool),               # (N+1,)
+            "codebooks": torch.randn(3, 256, 64),                       # (3, K, d)
+        }
+    return sources
+
+
+def bytes_of_items(model, trie):
+    """What the generator keeps of items: codes in int16, the table of tokens, the tree as the search needs it."""
+    codes = 2 * model.shown[1:].numel()
+    tokens = model.tokens.weight.nbytes
+    tree = sum(tensor.nbytes for tensor in [*trie.edges, *trie.allowed, trie.leaf_item])
+    return codes + tokens + tree
+
+
+PARTS = {
+    "rows": rows,
+    "ablations": ablations,
+    "fusion": fusion,
+    "seen": seen,
+    "hole": hole,
+    "ceiling": ceiling,
+    "missing": missing,
+    "unseen": unseen,
+    "growth": growth,
+}
 
 
 def main():
-    parts = {f.__name__: f for f in (rows, ablations, fusion, seen, hole, ceiling, missing, unseen, growth)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="+", choices=parts)
-    parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/toy"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", default=[], help="of rows, ablations, missing: some names")
-    parser.add_argument("--epochs", type=int, default=30, help="of 05 in rows, ablations, unseen")
+    add = parser.add_argument
+    add("part", nargs="+", choices=PARTS, help="questions, answered one after another")
+    add("--run", type=Path, default=Path("runs/toy"), help="folder of the experiment (default: runs/toy)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of rows, ablations, fusion, unseen (default: 0)")
+    add("--only", nargs="+", default=[], help="of rows, ablations, missing: some names")
+    add("--epochs", type=int, default=30, help="of 05 in rows, ablations, unseen (default: 30)")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     for part in args.part:
         began = time.time()
-        parts[part](args.run, args.seeds, args.only, args.epochs)
+        PARTS[part](args)
         print(f"{part}: {(time.time() - began) / 60:.1f} minutes", flush=True)
 
 
