@@ -12,8 +12,8 @@ every user's events e_1 .. e_n in order of time, of which each part of the work 
 
 Numbers in brackets, as [1], are the details that tests/README.md lists.
 
-letters  U users, N items, S side of a picture; n items of the toy shop before the 5-core, n rows
-         of anything else
+letters  U users, N items, S side of a picture, n rows of anything (in the toy shop: items before
+         the 5-core)
 reads   nothing; or the tables and pictures of a folder, or of a category that it downloads
 
 writes  data.pt

@@ -12,8 +12,8 @@ its place in the list of user u, from 1:
 
 Numbers in brackets, as [24], are the details that tests/README.md lists.
 
-letters  U users, N items, L codes of an item, K values of a code, S side of a picture,
-         d width of a vector that is cut into codes
+letters  U users, N items, L codes of an item in one modality, K values of a code,
+         S side of a picture, d width of a vector that is cut into codes
 reads   data.pt, *_codes.pt; for pictures images.pt, sasrec.pt, generator-*.pt
         predictions-NAME-sSEED.pt
           name          str                the model's row in the table

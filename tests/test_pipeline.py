@@ -75,16 +75,45 @@ def test_docstring_contracts_match_the_files(smoke):
     assert checked > 40
 
 
-def test_functions_of_one_name_have_one_text():
-    """The scripts share no code but repeat some: a repeated function must not drift."""
+def repeated_texts(script):
+    """The functions and classes under the section rules that say "the same text". -> name -> text"""
+    source = script.read_text()
+    lines = source.split("\n")
+    rules = [n for n, line in enumerate(lines, 1) if line.startswith("# --- ")]
+    texts = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            rule = max((n for n in rules if n < node.lineno), default=0)
+            if rule and "the same text" in lines[rule - 1]:
+                texts[node.name] = ast.get_source_segment(source, node)
+    return texts
+
+
+def test_what_scripts_repeat_has_one_text():
+    """The scripts share no code but repeat some, on purpose: what is repeated must not drift."""
     seen = {}
     for script in SCRIPTS:
+        for name, text in repeated_texts(script).items():
+            other, where = seen.setdefault(name, (text, script.name))
+            assert text == other, f"{name} differs between {where} and {script.name}"
+    assert {"Run", "fail", "resume", "finish_codes", "training_windows"} <= seen.keys()
+
+
+def test_a_letter_means_one_thing_in_all_scripts():
+    """Each capital letter in a shape is explained by the script's own `letters`, in the same words everywhere."""
+    meanings = {}
+    for script in SCRIPTS:
         source = script.read_text()
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef) and node.name not in ("main", "recommend"):
-                text = ast.get_source_segment(source, node)
-                other, where = seen.setdefault(node.name, (text, script.name))
-                assert text == other, f"{node.name} differs between {where} and {script.name}"
+        listed = re.search(r"^letters  (.*?)\n(?:reads|writes)", ast.get_docstring(ast.parse(source)), re.S | re.M)
+        assert listed, f"{script.name} has no line of letters"
+        letters = {entry.split()[0]: " ".join(entry.split()[1:]) for entry in re.split(r",\s", listed.group(1))}
+        for letter, meaning in letters.items():
+            if (letter, script.name[:2]) != ("B", "03"):  # there it counts pictures
+                assert meanings.setdefault(letter, meaning) == meaning, f"{letter} in {script.name}"
+        for number, line in enumerate(source.split("\n"), 1):
+            for shape in re.findall(r"  # (\([^()]*[,)].*)", line):
+                for letter in re.findall(r"\b[A-Z]\b", shape):
+                    assert letter in letters, f"{script.name}:{number}: {letter} is not among its letters"
 
 
 @pytest.mark.parametrize("number", range(2, 7))
@@ -204,8 +233,8 @@ def test_ablations_and_other_targets_run(smoke):
         process = run_script(5, "--run", run, "--smoke", "--name", name, *options)
         assert process.returncode == 0, process.stderr
         assert load(run / f"predictions-{name}-s0.pt")["test"].min() >= 1
-    wrong = run_script(5, "--run", run, "--smoke", "--modalities", "text", "--target", "image")
-    assert wrong.returncode == 2 and "--target is one of --modalities" in wrong.stderr
+    wrong = run_script(5, "--run", run, "--smoke", "--target", "taste")
+    assert wrong.returncode == 2 and "taste_codes.pt is missing" in wrong.stderr
 
 
 def test_ids_only_data_runs_through(tmp_path):
