@@ -113,7 +113,8 @@ def training_windows(offsets, T):
 def equal_length_batches(lengths, batch_events):
     """Batches of windows of one length each, in random order: nothing is padded.
 
-    lengths: (W,), batch_events: events in a batch, at the most -> list of index tensors (B,)
+    lengths: (W,), batch_events: events in a batch, at the most (but at least one window)
+    -> list of index tensors (B,)
     """
     # Shuffle, then sort by length; a stable sort leaves windows of one length in random order.
     order = torch.randperm(len(lengths))                            # (W,)
@@ -132,7 +133,7 @@ def equal_length_batches(lengths, batch_events):
 
 
 class Dropout(nn.Dropout):
-    """As in torch, which draws booleans; on a CPU these numbers take about half the time."""
+    """As in torch, but from uniform numbers: on a CPU that takes about half the time."""
 
     def forward(self, x):
         if not self.training:
@@ -215,13 +216,15 @@ class SASRec(nn.Module):
 
 
 def initialise(module):
-    """Small random weights, as in GPT-2: the first loss is near that of a uniform guess."""
+    """Small random weights, as in GPT-2: the first loss is near that of a uniform guess (with
+    --content it is above that, as those vectors are long).
+    """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
 
 
-# A variant (`--post-norm`), another baseline: norms as in the first transformer, and a last layer
-# as in BERT4Rec.
+# A variant (`--post-norm`), another baseline: norms as in the first transformer, and a last layer,
+# as BERT4Rec has one (there with a GELU, and nothing added to it).
 
 
 class PostNormBlock(Block):
@@ -329,7 +332,7 @@ def recommend(model, data, split, users, T, top):
 
     start, length = held_out_windows(split, data["offsets"], T)         # (U,) both
     start, length = start[users], length[users]                         # (n,) both
-    torch.manual_seed(0)  # the same batches each time round alike: the same bits
+    torch.manual_seed(0)  # the same batches each time, so the same rounding and the same bits
     for batch in equal_length_batches(length, RANKED_EVENTS):
         place = torch.arange(length[batch[0]])                          # (T,)
         history = data["events"][start[batch, None] + place]            # (B, T)
@@ -518,7 +521,8 @@ def options(argv):
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--name", default="sasrec", help="of its row and files (its codes: collab for sasrec)")
     add("--content", default="", help="add the vectors of these codes' files, as text,image")
-    add("--loss", choices=("softmax", "bce"), default="softmax", help="over all items, or original")
+    add("--loss", choices=("softmax", "bce"), default="softmax",
+        help="over all items (of a large catalogue sampled), or the original one")
     add("--post-norm", action="store_true", help="norms as in the first transformer, a last layer")
     add("--length", type=int, default=20, help="T: events of history that the model sees")
     add("--width", type=int, default=64, help="E: width of the model, and of the item embeddings")
@@ -531,7 +535,8 @@ def options(argv):
     add("--patience", type=int, default=12, help="epochs without a better NDCG@10 before it stops")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="auto: bf16 on CUDA GPUs")
     add("--top", type=int, default=20, help="items recommended to a user")
     # --smoke changes defaults only: what is given on the command line outweighs it.
     given, _ = parser.parse_known_args(argv)
@@ -813,15 +818,15 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
+    """Calls main(). Ctrl-C, a full disk, too little memory (of Python, of a GPU): one sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped: the same command goes on with what is written already.")
-    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail("stopped: the same command (without --fresh) goes on with what is written already.")
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
 
 

@@ -3,7 +3,7 @@
 DINO trains a student to say of one crop of a picture what a teacher, the student's running
 average, says of another: no labels. Here a residual quantiser sits between the student's ViT and
 head, so that three codes must carry the answer (MSCGRec, arXiv 2602.03713, the image modality):
-loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2;  r_0 = z, the ViT's vector;
+loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d;  r_0 = z, the ViT's vector;
 r_l = r_{l-1} - C_l[c_l], with C_l the codebook and c_l the code of level l; sg: no gradient passes.
 
     python 03_dino_quantizer.py                    # after 01_data.py
@@ -66,7 +66,7 @@ CLIP = 3.0                    # largest norm of the gradient
 
 
 # --- Views of a picture --------------------------------------------------------------------------
-# A view is a crop, changed in light and colour. Two global ones show most of a picture, and the
+# A view is a crop, changed in light and colour. Two global ones show much of a picture, and the
 # teacher sees these alone; local ones show a small part, and only the student sees them.
 # DINO learns what the views of a picture have in common. Whatever it should not care about (which
 # part is seen, which way round, in which light) is therefore left to chance in each of them.
@@ -201,7 +201,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, size, patch, E, depth):
         super().__init__()
-        self.size = size    # pixels along a whole picture
+        self.size = size    # pixels along a global crop; whole pictures are resized to it
         self.patch = patch  # pixels along a patch
         patches = (size // patch) ** 2
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, E))
@@ -280,7 +280,7 @@ def check_sizes(size, patch, E):
 
 
 class Head(nn.Module):
-    """The cosine of z with each of O prototypes (weight norm with its gain held at 1).
+    """The cosine of mlp(z) with each of O prototypes: both are scaled to length 1.
 
     z: (n, E) -> (n, O) in -1..1
     """
@@ -1008,15 +1008,15 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
+    """Calls main(). Ctrl-C, a full disk, too little memory (of Python, of a GPU): one sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped: the same command goes on with what is written already.")
-    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail("stopped: the same command (without --fresh) goes on with what is written already.")
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
 
 

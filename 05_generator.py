@@ -24,7 +24,8 @@ letters  B users in a batch, T items of history, D modalities that a history sho
          N items, U users, W windows cut from histories, E width of the model, H heads,
          Q items written at once for a user, d width of a vector that is cut into codes,
          l level of a code, k code, S side of a picture
-reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt; with --history images.pt
+reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
+        with --history also images.pt, generator-mscgrec.pt
 writes  generator-mscgrec.pt
           weights      dict                 the best epoch's parameters, by name
           losses       float32 (epochs, L)  mean training loss of each code, nats
@@ -32,6 +33,7 @@ writes  generator-mscgrec.pt
           seconds      float                of training and validation
           options      dict                 the options of this run
         predictions-mscgrec-s0.pt           as 06_eval.py describes
+        history.png                         only with --history
 
 On the toy shop: 3.3 minutes, 0.5 GiB (2 cores of an AMD EPYC).
 """
@@ -121,7 +123,8 @@ def training_windows(offsets, T):
 def equal_length_batches(lengths, batch_events):
     """Batches of windows of one length each, in random order: nothing is padded.
 
-    lengths: (W,), batch_events: events in a batch, at the most -> list of index tensors (B,)
+    lengths: (W,), batch_events: events in a batch, at the most (but at least one window)
+    -> list of index tensors (B,)
     """
     # Shuffle, then sort by length; a stable sort leaves windows of one length in random order.
     order = torch.randperm(len(lengths))                            # (W,)
@@ -470,7 +473,7 @@ class Generator(nn.Module):
         self.encoder_bias = RelativeBias(H, D * L, D * L)
         self.cross_bias = RelativeBias(H, L, D * L)
         # Among the codes of the item that is written there is no distance of items: its attention
-        # has a table for pairs of levels. (T5 has its distances there; ours.)
+        # has a table for pairs of levels. (T5 has distances there too; this table is our choice.)
         self.self_bias = nn.Parameter(torch.zeros(H, L, L))
         self.encoder = nn.ModuleList(EncoderLayer(size) for _ in range(size.layers))
         self.decoder = nn.ModuleList(DecoderLayer(size) for _ in range(size.layers))
@@ -665,8 +668,8 @@ def recommend(model, trie, data, split, users, args):
     items = torch.zeros(len(users), args.beam, dtype=torch.int32)   # (n, beam)
     scores = torch.zeros(len(users), args.beam)                     # (n, beam)
 
-    # All processes must cut the same batches, and a run that goes on those of one that never
-    # stopped: sums that are rounded alike are the same bits.
+    # All processes must cut the same batches, and so must a run that goes on after a stop: sums
+    # are rounded alike only in batches that are alike, and then they have the same bits.
     torch.manual_seed(0)
     batches = equal_length_batches(length, RANKED_EVENTS)
     for rows in progress(batches[args.rank::args.world], split, args):
@@ -727,7 +730,8 @@ def options(argv):
     add("--beam", type=int, default=20, help="prefixes kept in the search = items recommended")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="auto: bf16 on CUDA GPUs")
     # --smoke changes defaults only: what is given on the command line outweighs it.
     given, _ = parser.parse_known_args(argv)
     if given.smoke:
@@ -1120,15 +1124,15 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
+    """Calls main(). Ctrl-C, a full disk, too little memory (of Python, of a GPU): one sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped: the same command goes on with what is written already.")
-    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail("stopped: the same command (without --fresh) goes on with what is written already.")
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
 
 

@@ -1185,15 +1185,15 @@ def fail(message):
 
 
 def start(main):
-    """Calls main(). Ctrl-C, a full disk and too little memory end it with a sentence."""
+    """Calls main(). Ctrl-C, a full disk, too little memory (of Python, of a GPU): one sentence."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows ? in its place
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped: the same command goes on with what is written already.")
-    except (OSError, MemoryError) as error:  # a full disk, a folder that is read-only
+        fail("stopped: the same command (without --fresh) goes on with what is written already.")
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
 
 

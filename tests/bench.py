@@ -1,13 +1,17 @@
 """How fast the six scripts are, each figure as a ratio against a peer in the same run. Prints tables; asserts nothing.
 
     python tests/bench.py                       # everything but the long ones: minutes
-    python tests/bench.py training beam         # some parts: the names are those of the functions below
+    python tests/bench.py training beam         # some parts
     python tests/bench.py quality scale         # the long ones, by name: hours, half an hour
 
 Peers are installed by hand (pip install transformers faiss-cpu pandas recbole torchvision); those that are no
 package are looked for in folders of $PEERS: dino (facebookresearch/dino), SASRec.pytorch (pmixer/SASRec.pytorch).
 A missing one is named and skipped. Times are those of the wall clock, the best of a few runs after one uncounted, if
 nothing else is said; `quality` counts the processor's seconds (OMP_NUM_THREADS=1), `data` and `scale` run once.
+
+letters  B users in a batch, T items of history, D modalities, L codes of an item in one modality, K values of a code,
+         M = D * L tokens of an item, N items, U users, E width of a model, H heads, S side of a picture, W windows cut
+         from histories, d width of a vector that is cut into codes
 """
 import argparse
 import contextlib
@@ -20,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import shutil
 import statistics
 import subprocess
@@ -28,25 +31,38 @@ import sys
 import tempfile
 import time
 import types
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from conftest import ROOT, SCRIPTS, command, run_script, script
 
-PEERS = pathlib.Path(os.environ.get("PEERS", "peers")).resolve()
-LONG = ("quality", "scale")
-LIBRARIES = []
+PEERS = Path(os.environ.get("PEERS", "peers")).resolve()
+MODALITIES = ["image", "text", "collab"]
 
 
-def torchvision_without_operators():
-    """A torchvision whose compiled part does not load (built for another torch) still has its transforms."""
-    LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))  # it lasts as long as somebody holds it
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):
-            LIBRARIES[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+# --- What all parts share ---------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+    what: str
+    ours: str
+    peer: str = ""
+    ratio: str = ""
+    asked: str = ""  # which ratio, or which figure of ours, was asked for
+
+
+def compared(what, ours, peer, unit="", asked="", form=",.0f", missing="not installed"):
+    """The row of two speeds. peer: None where there is none, and `missing` says why."""
+    if peer is None:
+        return Row(what, f"{ours:{form}}{unit}", missing, "", asked)
+    return Row(what, f"{ours:{form}}{unit}", f"{peer:{form}}", f"{ours / peer:.1f} x", asked)
 
 
 def best(work, runs):
@@ -60,109 +76,188 @@ def best(work, runs):
     return min(seconds)
 
 
-def dataset(run, name, *options):
+def dataset(folder, name, *options):
     """Puts a real dataset of ../shared/data into a run. -> its data.pt, or None where it is not there"""
-    folder = ROOT.parent / "shared" / "data" / name
-    if not folder.exists():
-        print(f"{folder} is not there: what needs it is skipped")
+    source = ROOT.parent / "shared" / "data" / name
+    if not source.exists():
+        print(f"{source} is not there: what needs it is skipped")
         return None
-    run_script(1, "--run", run, "--dataset", folder, *options).check_returncode()
-    return torch.load(f"{run}/data.pt", weights_only=True)
+    run_script(1, "--run", folder, "--dataset", source, *options).check_returncode()
+    return torch.load(Path(folder) / "data.pt", weights_only=True)
+
+
+LIBRARIES = []  # what is defined below lasts as long as somebody holds it
+
+
+def torchvision_without_operators():
+    """A torchvision whose compiled part does not load (built for another torch) still has its transforms."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    LIBRARIES.append(library)
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # it is there already
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 # --- 05: training, beam search, tree ----------------------------------------------------------------------------------
-SHAPE = dict(width=128, heads=6, head=64, inner=1024, layers=4, dropout=0.1)  # of public reimplementations
-S, D, L, K, TOKENS = 20, 3, 4, 256, 12
+
+
+SHAPE = {  # of public reimplementations
+    "width": 128,
+    "heads": 6,
+    "head": 64,
+    "inner": 1024,
+    "layers": 4,
+    "dropout": 0.1,
+}
+T = 20
+D = len(MODALITIES)
+L = 4
+K = 256
+M = D * L
+BATCH = 16  # histories in a step of training
+
+
+def unique_codes(N):
+    """Three random codes an item, the fourth tells apart those that share them. -> (N+1, L)"""
+    codes = torch.randint(K, (N + 1, L))                                # (N+1, L)
+    prefix = (codes[:, :3] * torch.tensor([K * K, K, 1])).sum(1)        # (N+1,)
+    codes[:, 3] = script(2).number_in_group(prefix, torch.arange(N + 1))
+    return codes
+
+
+def random_sources(N):
+    """Random codes of all modalities with random centroids, as their files hold them; all items are known."""
+    sources = {}
+    for modality in MODALITIES:
+        sources[modality] = {
+            "codes": unique_codes(N),                                   # (N+1, L)
+            "known": torch.ones(N + 1, dtype=torch.bool),               # (N+1,)
+            "codebooks": torch.randn(3, K, 64),                         # (3, K, d)
+        }
+    return sources
+
+
+def some_generator(five, N):
+    """An untrained generator of that SHAPE, and its tree."""
+    torch.manual_seed(0)
+    sources = random_sources(N)
+    model = five.Generator(sources, MODALITIES, "collab", argparse.Namespace(**SHAPE))
+    return model, five.Trie(sources["collab"]["codes"], K)
 
 
 def matmul_rate(dtype):
     """GFLOPS of 1,024 x 1,024 matrix products, the best of 5 runs of 20: what this machine can do."""
     a = torch.randn(1024, 1024).to(dtype)
-    return 20 * 2 * 1024 ** 3 / best(lambda: [a @ a for _ in range(20)], 5) / 1e9
+
+    def twenty_products():
+        for _ in range(20):
+            a @ a
+
+    operations = 20 * 2 * 1024 ** 3  # a product has 1024^3 multiplications and as many additions
+    return operations / best(twenty_products, 5) / 1e9
 
 
-def multiply_adds(S):
-    """Of one training pass over S items (forward), counted from the shapes: the masked half of attention is counted
-    as well, as it is computed; softmax, norms, ReLU and dropout are not."""
-    E, F, A = SHAPE["width"], SHAPE["inner"], SHAPE["heads"] * SHAPE["head"]
-    m, q = S * TOKENS, S * L
-    encoder = m * (4 * E * A + 2 * E * F) + 2 * m * m * A
-    decoder = q * (6 * E * A + 2 * E * F) + m * 2 * E * A + 2 * q * L * A + 2 * q * m * A
-    return SHAPE["layers"] * (encoder + decoder) + q * E * K
+def multiply_adds(T):
+    """Of one history of T items on its way forward through the model, counted from the shapes.
+
+    The masked half of attention is counted as well, as it is computed; softmax, norms, ReLU and dropout are not.
+    """
+    E = SHAPE["width"]
+    inner = SHAPE["inner"]
+    wide = SHAPE["heads"] * SHAPE["head"]  # queries, keys or values of all heads
+    tokens = T * M                         # that the encoder reads
+    codes = T * L                          # that the decoder writes: an item after each place
+
+    # A layer of the encoder. Each token has a query, key, value and output, and a feed-forward layer of two matrices;
+    # each pair of tokens has a score, and a part of the mean of the values.
+    projections = tokens * 4 * E * wide
+    feed_forward = tokens * 2 * E * inner
+    attention = tokens * tokens * 2 * wide
+    encoder = projections + feed_forward + attention
+
+    # A layer of the decoder. A code has query, key, value, output for the codes before it, and query and output for
+    # the history; the history's keys and values are made once for all codes.
+    projections = codes * 6 * E * wide
+    memory = tokens * 2 * E * wide
+    feed_forward = codes * 2 * E * inner
+    self_attention = codes * L * 2 * wide
+    cross_attention = codes * tokens * 2 * wide
+    decoder = projections + memory + feed_forward + self_attention + cross_attention
+
+    scores = codes * E * K
+    return SHAPE["layers"] * (encoder + decoder) + scores
 
 
-def unique_codes(N):
-    """Three random codes an item, the fourth tells apart those that share them. -> (N+1, L)"""
-    codes = torch.randint(K, (N + 1, L))
-    prefix = (codes[:, :3] * torch.tensor([K * K, K, 1])).sum(1)  # (N+1,)
-    codes[:, 3] = script(2).number_in_group(prefix, torch.arange(N + 1))
-    return codes
-
-
-def some_generator(g, N=10_000):
-    torch.manual_seed(0)
-    codes = torch.stack([torch.randint(K, (N + 1, L)), torch.randint(K, (N + 1, L)), unique_codes(N)], 1)
-    model = g.Generator(codes, torch.ones(N + 1, D, dtype=torch.bool), 2, [torch.randn(3, K, 64) for _ in range(D)],
-                        argparse.Namespace(**SHAPE))
-    return model, codes[:, 2], g.Trie(codes[:, 2], K)
-
-
-def bench_training():
-    g = script(5)
-    model, codes, trie = some_generator(g)
+def bench_training(N=10_000):
+    """Steps of 05 on full-length histories, against what the machine can do and against HF's T5."""
+    five = script(5)
+    model, trie = some_generator(five, N)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    events = torch.randint(1, N + 1, (BATCH, T + 1))                    # (B, T+1)
 
-    def step(events, bf16=False, constrained=True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(events[:, :-1], events[:, 1:], 0.2)
-        items = events[:, 1:].flatten()
-        g.code_losses(logits.flatten(0, 1), codes[items], items, trie, constrained).sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(events, bf16=False, unconstrained=False):
+        args = argparse.Namespace(
+            bf16=bf16,
+            unconstrained=unconstrained,
+            masking=0.2,
+            batch=BATCH * T,
+            device="cpu",
+        )
+        five.train_step(model, trie, optimizer, events, args)
 
-    full = torch.randint(1, len(codes), (16, S + 1))
-    rate, rate16 = matmul_rate(torch.float32), matmul_rate(torch.bfloat16)
-    fp32, bf16, free = (16 * S / best(lambda: step(full, *how), 5) for how in ((), (True,), (False, False)))
-    work = 6 * multiply_adds(S) / S / 1e9  # forward and twice as much backward, two operations each
-    rows = [("multiply-adds of training in fp32, share of the matmul rate", f"{work * fp32:.0f} GFLOPS",
-             f"{rate:.0f} GFLOPS", f"{work * fp32 / rate:.0%}", ">= 45 %"),
-            ("the same in bf16", f"{work * bf16:.0f} GFLOPS", f"{rate16:.0f} GFLOPS",
-             f"{work * bf16 / rate16:.0%}", ""),
-            ("a step with the constrained loss : unconstrained", f"{1e3 / fp32:.2f} ms a target", f"{1e3 / free:.2f}",
-             f"{free / fp32:.2f}", "<= 1.15")]
+    fp32 = BATCH * T / best(lambda: step(events), 5)  # targets/s
+    bf16 = BATCH * T / best(lambda: step(events, bf16=True), 5)
+    all_codes = BATCH * T / best(lambda: step(events, unconstrained=True), 5)
 
-    with tempfile.TemporaryDirectory() as run:
-        data = dataset(run, "movietweetings-2013", "--image-size", 8)
-    if data is not None:  # real lengths: batches of one length each, no padding
-        torch.manual_seed(0)
-        start, length = g.windows("train", data["offsets"], S)
-        batches = g.equal_length_batches(length, 16 * S)[:24]
-        real = [data["events"][start[b, None] + torch.arange(length[b[0]] + 1)].long() for b in batches]
-        targets = sum(x[:, 1:].numel() for x in real)
-        ragged = best(lambda: [step(x) for x in real], 2) / targets
-        rows.append(("cost of a target, real lengths : full length (fp32)", f"{1e3 * ragged:.2f} ms",
-                     f"{1e3 / fp32:.2f} ms", f"{ragged * fp32:.2f}", "<= 1.3"))
+    # Backward costs twice as much as forward, and a multiply-add is two operations.
+    operations = 2 * 3 * multiply_adds(T) / T / 1e9  # of a target, in thousand millions
+    rate = matmul_rate(torch.float32)
+    rate16 = matmul_rate(torch.bfloat16)
+    rows = [
+        Row("multiply-adds of training in fp32, share of the matmul rate", f"{operations * fp32:.0f} GFLOPS",
+            f"{rate:.0f} GFLOPS", f"{operations * fp32 / rate:.0%}", ">= 45 %"),
+        Row("the same in bf16", f"{operations * bf16:.0f} GFLOPS",
+            f"{rate16:.0f} GFLOPS", f"{operations * bf16 / rate16:.0%}"),
+        Row("a step with the constrained loss : unconstrained", f"{1e3 / fp32:.2f} ms a target",
+            f"{1e3 / all_codes:.2f}", f"{all_codes / fp32:.2f}", "<= 1.15"),
+    ]
 
-    peer = hf_t5()
-    if peer is None:
-        return rows + [("training against HF T5", f"{fp32:.0f} targets/s", "transformers not installed", "", ">= 50 x")]
-    adam = torch.optim.AdamW(peer.parameters())
-    history, code = torch.randint(2, 3000, (32, S * TOKENS)), torch.randint(2, 3000, (32, L + 1))
+    histories = real_histories(five)
+    if histories:
+        targets = sum(events[:, 1:].numel() for events in histories)
 
-    def pairs(bf16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = peer(input_ids=history, attention_mask=torch.ones_like(history), labels=code).loss
-        loss.backward()
-        adam.step()
-        adam.zero_grad()
+        def epoch():
+            for events in histories:
+                step(events)
 
-    t5, t5_16 = 32 / best(lambda: pairs(False), 3), 32 / best(lambda: pairs(True), 3)
-    for what, ours, theirs, asked in (("fp32", fp32, t5, ""), ("bf16", bf16, t5_16, ""),
-                                      ("ours in bf16, T5 in fp32, as it is trained", bf16, t5, ">= 50 x")):
-        rows.append((f"training against HF T5, {what}", f"{ours:.0f} targets/s", f"{theirs:.1f}",
-                     f"{ours / theirs:.1f} x", asked))
-    return rows
+        seconds = best(epoch, 2) / targets
+        rows.append(Row("cost of a target, real lengths : full length (fp32)", f"{1e3 * seconds:.2f} ms",
+                        f"{1e3 / fp32:.2f} ms", f"{seconds * fp32:.2f}", "<= 1.3"))
+
+    t5 = hf_t5_training_speed(bf16=False)
+    t5_16 = hf_t5_training_speed(bf16=True)
+    missing = "transformers not installed"
+    return rows + [
+        compared("training against HF T5, fp32", fp32, t5, " targets/s", form=".1f", missing=missing),
+        compared("training against HF T5, bf16", bf16, t5_16, " targets/s", form=".1f", missing=missing),
+        compared("training against HF T5, ours in bf16, T5 in fp32, as it is trained", bf16, t5, " targets/s",
+                 ">= 50 x", form=".1f", missing=missing),
+    ]
+
+
+def real_histories(five):
+    """24 batches of real lengths: each of one length, no padding. -> list of (B, T+1), empty without the data"""
+    with tempfile.TemporaryDirectory() as folder:
+        data = dataset(folder, "movietweetings-2013", "--image-size", 8)
+    if data is None:
+        return []
+    torch.manual_seed(0)
+    start, length = five.training_windows(data["offsets"], T)           # (W,) both
+    histories = []
+    for batch in five.equal_length_batches(length, BATCH * T)[:24]:
+        place = torch.arange(length[batch[0]] + 1)                      # (T+1,)
+        histories.append(data["events"][start[batch, None] + place].long())  # (B, T+1)
+    return histories
 
 
 def hf_t5():
@@ -172,437 +267,747 @@ def hf_t5():
         from transformers import T5Config, T5ForConditionalGeneration
     except ImportError:
         return None
-    return T5ForConditionalGeneration(T5Config(
-        vocab_size=TOKENS * K + 5, d_model=128, d_kv=64, d_ff=1024, num_layers=4, num_decoder_layers=4, num_heads=6,
-        dropout_rate=0.1, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
+    config = T5Config(
+        vocab_size=M * K + 5,
+        d_model=SHAPE["width"],
+        d_kv=SHAPE["head"],
+        d_ff=SHAPE["inner"],
+        num_layers=SHAPE["layers"],
+        num_decoder_layers=SHAPE["layers"],
+        num_heads=SHAPE["heads"],
+        dropout_rate=SHAPE["dropout"],
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
 
 
-def bench_beam():
-    """Beam 20 on full-length histories. HF gets a dictionary of prefixes as prefix_allowed_tokens_fn, as peers do.
+def hf_t5_training_speed(bf16):
+    """Targets a second: it learns one item after each history, as its public trainers do. -> float, or None"""
+    model = hf_t5()
+    if model is None:
+        return None
+    optimizer = torch.optim.AdamW(model.parameters())
+    history = torch.randint(2, M * K, (32, T * M))                      # (B, T * M)
+    written = torch.randint(2, M * K, (32, L + 1))                      # (B, L+1), and the end of the sequence
 
-    glibc gives large blocks back to the system, and half of HF's time goes into getting them again. Here it keeps
-    them (M_MMAP_MAX 0, M_TRIM_THRESHOLD at its largest), for both sides: HF's best."""
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=history, attention_mask=torch.ones_like(history), labels=written).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return 32 / best(step, 3)
+
+
+def keep_freed_memory():
+    """glibc gives large blocks back to the system, and half of HF's time goes into getting them again. From here on it
+    keeps them, for both sides: HF's best."""
+    M_TRIM_THRESHOLD = -1
+    M_MMAP_MAX = -4
     with contextlib.suppress(AttributeError):  # another libc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
-    g = script(5)
-    model, codes, trie = some_generator(g)
-    history = torch.randint(1, len(codes), (24, S))
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
+def bench_beam(N=10_000):
+    """Beam 20 on full-length histories. HF gets a dictionary of prefixes as prefix_allowed_tokens_fn, as peers do."""
+    keep_freed_memory()
+    five = script(5)
+    model, trie = some_generator(five, N)
     model.eval()
+    history = torch.randint(1, N + 1, (24, T))                          # (B, T)
 
     def search(bf16):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return g.beam_search(model, trie, history, 20)[0]
+            items, _ = five.beam_search(model, trie, history, 20)       # (B, 20)
+        return items
 
-    same = (search(True) == search(False)).float().mean()
-    ours, ours16 = (24 / best(lambda: search(bf16), 3) for bf16 in (False, True))
-    peer = hf_t5()
-    if peer is None:
-        return [("beam 20 against HF generate", f"{ours:.0f} users/s", "transformers not installed", "", ">= 20 x")]
-    tree, tokens = {}, (2 + codes[1:] + K * torch.arange(L)).tolist()
-    for code in tokens:
+    same = (search(bf16=True) == search(bf16=False)).float().mean()
+    fp32 = 24 / best(lambda: search(bf16=False), 3)
+    bf16 = 24 / best(lambda: search(bf16=True), 3)
+    hf = hf_beam_speed(trie.codes, bf16=False)
+    hf16 = hf_beam_speed(trie.codes, bf16=True)
+    missing = "transformers not installed"
+    return [
+        compared("beam 20 against HF generate, fp32", fp32, hf, " users/s", ">= 20 x", ".1f", missing),
+        compared(f"the same in bf16 ({same:.1%} of places hold the item of fp32)", bf16, hf16, " users/s", "", ".1f",
+                 missing),
+        compared("ours in bf16, HF in fp32", bf16, hf, " users/s", "", ".1f", missing),
+    ]
+
+
+def hf_beam_speed(codes, bf16):
+    """Users a second of HF `generate`. codes: (N+1, L) -> float, or None"""
+    model = hf_t5()
+    if model is None:
+        return None
+    model.eval()
+    history = torch.randint(2, M * K, (8, T * M))  # (B, T * M); 8 at once are faster for it than 16
+    follows = tokens_by_prefix(codes)
+
+    def allowed(_, written):
+        return follows.get(tuple(written.tolist()), [1])  # after a whole item: 1, the end
+
+    @torch.no_grad()
+    def generate():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model.generate(
+                input_ids=history,
+                attention_mask=torch.ones_like(history),
+                num_beams=20,
+                num_return_sequences=20,
+                max_new_tokens=L + 1,
+                prefix_allowed_tokens_fn=allowed,
+            )
+
+    return 8 / best(generate, 2)
+
+
+def tokens_by_prefix(codes):
+    """Which tokens may follow a prefix of HF's. (N+1, L) -> dict: (0, token, ..) -> sorted list of tokens"""
+    # HF's T5 has its own tokens 0 (padding, and what a sequence begins with) and 1 (its end). Code k of level l is
+    # token 2 + l * K + k.
+    tokens = 2 + K * torch.arange(L) + codes[1:]                        # (N, L)
+    follows = {}
+    for item in tokens.tolist():
         for l in range(L):
-            tree.setdefault((0, *code[:l]), set()).add(code[l])
-    tree = {prefix: sorted(children) for prefix, children in tree.items()}
-    peer.eval()
-    x = torch.randint(2, 3000, (8, S * TOKENS))  # faster for it than 16
-
-    def generate(bf16):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            peer.generate(input_ids=x, attention_mask=torch.ones_like(x), num_beams=20, num_return_sequences=20,
-                          max_new_tokens=L + 1, prefix_allowed_tokens_fn=lambda _, s: tree.get(tuple(s.tolist()), [1]))
-
-    hf, hf16 = (8 / best(lambda: generate(bf16), 2) for bf16 in (False, True))
-    return [("beam 20 against HF generate, fp32", f"{ours:.0f} users/s", f"{hf:.1f}", f"{ours / hf:.1f} x", ">= 20 x"),
-            (f"the same in bf16 ({same:.1%} of places hold the item of fp32)", f"{ours16:.0f} users/s", f"{hf16:.1f}",
-             f"{ours16 / hf16:.1f} x", ""),
-            ("ours in bf16, HF in fp32", f"{ours16:.0f} users/s", f"{hf:.1f}", f"{ours16 / hf:.1f} x", "")]
+            prefix = (0, *item[:l])
+            follows.setdefault(prefix, set()).add(item[l])
+    return {prefix: sorted(tokens) for prefix, tokens in follows.items()}
 
 
-def bench_trie():
-    """A million items at K 256."""
-    g, N, n = script(5), 1_000_000, 2560
+def bench_trie(N=1_000_000):
+    """The tree of a million items at K 256, and the loss on it."""
+    five = script(5)
     torch.manual_seed(0)
-    codes = unique_codes(N)
-    seconds = best(lambda: g.Trie(codes, K), 3)
-    trie = g.Trie(codes, K)
-    size = sum(t.nbytes for t in [*trie.keys, *trie.allowed, trie.path, trie.leaf_item]) / 2 ** 20
-    items, logits = torch.randint(1, N + 1, (n,)), torch.randn(n, L, K, requires_grad=True)
-    cut, free = (best(lambda: g.code_losses(logits, codes[items], items, trie, how).sum().backward(), 20)
-                 for how in (True, False))
-    return [("tree of 1,000,000 items", f"{seconds:.2f} s", "", "", "<= 10 s"),
-            ("its tensors", f"{size:.0f} MiB", "", "", "<= 200 MB"),
-            ("the loss alone, without the model: constrained : unconstrained", f"{1e3 * cut:.1f} ms",
-             f"{1e3 * free:.1f} ms", f"{cut / free:.2f}", "")]
+    codes = unique_codes(N)                                             # (N+1, L)
+    seconds = best(lambda: five.Trie(codes, K), 3)
+    trie = five.Trie(codes, K)
+    tensors = [*trie.edges, *trie.allowed, trie.path, trie.codes, trie.leaf_item]
+    mebibytes = sum(tensor.nbytes for tensor in tensors) / 2 ** 20
+
+    targets = torch.randint(1, N + 1, (2560,))                          # (n,)
+    logits = torch.randn(2560, L, K, requires_grad=True)                # (n, L, K)
+
+    def loss(constrained):
+        five.code_losses(logits, targets, trie, constrained).sum().backward()
+
+    children = best(lambda: loss(constrained=True), 20)
+    all_codes = best(lambda: loss(constrained=False), 20)
+    return [
+        Row(f"tree of {N:,} items", f"{seconds:.2f} s", asked="<= 10 s"),
+        Row("its tensors", f"{mebibytes:.0f} MiB", asked="<= 200 MB"),
+        Row("the loss alone, without the model: constrained : unconstrained", f"{1e3 * children:.1f} ms",
+            f"{1e3 * all_codes:.1f} ms", f"{children / all_codes:.2f}"),
+    ]
 
 
 # --- 05: time to equal quality ----------------------------------------------------------------------------------------
-def bidirectional(g):
-    """The same generator, with an encoder in which every item sees all items of the history."""
-    class BothWays(g.RelativeBias):
-        def forward(self, S, first=0):
-            half = (g.FARTHEST + 1) // 2  # one half of the biases for what comes later
-            distance = torch.arange(S).unsqueeze(1) - torch.arange(S)  # (S, S)
-            item = self.item[:, distance.abs().clamp(max=half - 1) + half * (distance < 0)]  # (H, S, S)
-            bias = item[:, :, None, :, None] + self.slot[:, None, :, None, :]  # (H, S, slots, S, slots)
-            return bias.flatten(3).flatten(1, 2)
-
-    class Bidirectional(g.Generator):
-        def __init__(self, *args):
-            super().__init__(*args)
-            H, slots, _ = self.encoder_bias.slot.shape
-            self.encoder_bias = BothWays(H, slots, slots)
-
-        def forward(self, history, target, masking=0.0):
-            """history (B, S), target (B, 1): the item after all of it -> logits (B, 1, L, K)"""
-            written = torch.nn.functional.pad(self.written[target, :-1], (1, 0), value=self.start_token)
-            bias = self.cross_bias(history.shape[1], first=history.shape[1] - 1)
-            return self.decode(written, self.encode(history, masking), bias)[0]
-    return Bidirectional
+# Public trainers learn one target of a history at a time, with an encoder in which every item sees all others. Ours
+# learns the targets after all places at once, for which no item may see a later one. Which is sooner as good?
 
 
-def train(g, run, seed, both_ways, epochs, batch=128, length=20, lr=2e-3):
-    """The loop of 05_generator.py, its defaults but for the epochs. -> [(seconds of training, validation NDCG@10)], one
-    an epoch. Seconds are the processor's (OMP_NUM_THREADS=1: of one core): other work does not lengthen them."""
-    args = argparse.Namespace(width=64, layers=2, heads=4, head=16, inner=256, dropout=0.1, length=length, beam=20,
-                              rank=0, world=1, bf16=False)
+def make_bidirectional(five, model):
+    """Changes a generator: every item of the history sees all others, and only the item after the last is written."""
+
+    class BothWays(five.RelativeBias):
+        def forward(self, T, first=0):
+            # As in RelativeBias, but nothing is barred: one half of the distances is for what comes later.
+            half = self.item.shape[1] // 2
+            place = torch.arange(T)                                     # (T,)
+            distance = place.unsqueeze(1) - place                       # (T, T)
+            column = distance.abs().clamp(max=half - 1)                 # (T, T)
+            column = column + half * (distance < 0)                     # (T, T)
+            item = self.item[:, column]                                 # (H, T, T)
+            item = item[:, :, None, :, None]                            # (H, T, 1, T, 1)
+            slot = self.slot[:, None, :, None, :]                       # (H, 1, slots, 1, slots)
+            return (item + slot).flatten(3).flatten(1, 2)               # (H, T * slots, T * slots)
+
+    class LastAsks(five.RelativeBias):
+        def forward(self, T, first=0):
+            return super().forward(T, first=T - 1)                      # (H, L, T * M)
+
+    model.encoder_bias = BothWays(*model.encoder_bias.slot.shape)
+    model.cross_bias = LastAsks(*model.cross_bias.slot.shape)
+
+
+def training_pairs(offsets, T):
+    """Each target of training for itself. The history is events[start:start+length], the target the event after it.
+
+    -> start, length (pairs,) both
+    """
+    starts = []
+    lengths = []
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        # A user's first event has nothing before it, the last two are held out.
+        for target in range(begin + 1, end - 2):
+            start = max(begin, target - T)
+            starts.append(start)
+            lengths.append(target - start)
+    return torch.tensor(starts), torch.tensor(lengths)
+
+
+def epoch_of_pairs(five, model, trie, optimizer, epoch, data, pairs, args):
+    """As train_epoch of 05, but a step has as many pairs as ours has targets."""
+    torch.manual_seed(1000 * args.seed + epoch)
+    model.train()
+    start, length = pairs                                               # (pairs,) both
+    batches = []
+    for one_length in five.equal_length_batches(length, batch_events=10 ** 9):  # all pairs of that length
+        batches += one_length.split(args.batch)
+    order = torch.randperm(len(batches))
+    for i, number in enumerate(order):
+        batch = batches[number]                                         # (B,)
+        done = (epoch + i / len(batches)) / args.epochs
+        optimizer.param_groups[0]["lr"] = five.learning_rate(done, args.lr)
+        place = torch.arange(length[batch[0]] + 1)                      # (T+1,)
+        events = data["events"][start[batch, None] + place].long()      # (B, T+1)
+        step_of_pairs(five, model, trie, optimizer, events, args)
+
+
+def step_of_pairs(five, model, trie, optimizer, events, args):
+    """As train_step of 05, but only the last event is a target. events: (B, T+1)"""
+    history = events[:, :-1]                                            # (B, T)
+    target = events[:, -1:]                                             # (B, 1)
+    logits = model(history, target, args.masking)                       # (B, 1, L, K)
+    losses = five.code_losses(logits.flatten(0, 1), target.flatten(), trie)  # (L,)
+    (losses.sum() / args.batch).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), five.CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def quality_over_time(folder, seed, epochs, both_ways):
+    """Trains 05 with its defaults but for the epochs. -> [(seconds of training, validation NDCG@10)], one an epoch
+
+    Seconds are the processor's (OMP_NUM_THREADS=1: of one core): other work does not lengthen them.
+    """
+    five = script(5)
+    line = ["--run", folder, "--seed", seed, "--epochs", epochs, "--device", "cpu"]
+    args = five.options([str(part) for part in line])
+    args.rank = 0
+    args.world = 1
+    run = five.Run(folder)
+    data = run.load("data.pt", "01_data.py")
+    sources = five.read_codes(run, data, args)
+
     torch.manual_seed(seed)
-    data = torch.load(run / "data.pt", weights_only=True)
-    sources = [torch.load(run / f"{m}_codes.pt", weights_only=True) for m in ("image", "text", "collab")]
-    books, device = [s["codebooks"] for s in sources], torch.device("cpu")
-    codes = torch.stack([s["codes"] for s in sources], 1).long()  # (N+1, D, L)
-    known = torch.stack([s["known"] for s in sources], 1)  # (N+1, D)
-    model = (bidirectional(g) if both_ways else g.Generator)(codes, known, 2, books, args)
-    trie, codes = g.Trie(codes[:, 2], books[0].shape[1]), codes[:, 2]
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=g.WEIGHT_DECAY, fused=True)
-    offsets, events = data["offsets"], data["events"]
-    judges = torch.randperm(len(offsets) - 1)[:g.JUDGES]
-    truth, spent, curve = events[offsets[1 + judges] - 2].unsqueeze(1), 0.0, []
+    model, trie = five.build(sources, args)
+    if both_ways:
+        make_bidirectional(five, model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=five.WEIGHT_DECAY, fused=True)
+    users = torch.randperm(len(data["user_ids"]))[:five.VALIDATION_USERS]  # (n,)
+    pairs = training_pairs(data["offsets"], args.length)
+    state = {"losses": [], "ndcg": []}
+    spent = 0.0
+    curve = []
     for epoch in range(epochs):
-        torch.manual_seed(1000 * seed + epoch)
-        model.train()
-        if both_ways:  # every training event but a user's first is a target, after at most T events
-            targets = (offsets.diff() - 3).clamp(min=0)  # (U,)
-            user = torch.arange(len(targets)).repeat_interleave(targets)  # (pairs,)
-            place = torch.arange(len(user)) - (targets.cumsum(0) - targets)[user]  # (pairs,)
-            end = offsets[user] + place + 1  # (pairs,)
-            start = torch.maximum(offsets[user], end - length)  # (pairs,)
-            count = end - start  # (pairs,)
-            batches = [b for group in g.equal_length_batches(count, 10 ** 9) for b in group.split(batch)]
-            batches = [batches[i] for i in torch.randperm(len(batches))]
-        else:
-            start, count = g.windows("train", offsets, length)
-            batches = g.equal_length_batches(count, batch)
         began = time.process_time()
-        for i, rows in enumerate(batches):
-            done = (epoch + i / len(batches)) / epochs
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, done / g.WARM_UP) * (1 + math.cos(math.pi * done)) / 2
-            x = events[start[rows, None] + torch.arange(count[rows[0]] + 1)].long()
-            y = x[:, -1:] if both_ways else x[:, 1:]
-            items = y.flatten()
-            logits = model(x[:, :-1], y, 0.2)
-            loss = g.code_losses(logits.flatten(0, 1), codes[items], items, trie).sum()
-            (loss / max(batch, len(items))).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        if both_ways:
+            epoch_of_pairs(five, model, trie, optimizer, epoch, data, pairs, args)
+        else:
+            losses = five.train_epoch(model, trie, optimizer, state, epoch, data, args)  # (L,)
+            state["losses"].append(losses)
         spent += time.process_time() - began
-        top = g.recommend(model, trie, data, "valid", judges, args, device)[0][:, :10]
-        curve.append((spent, ((top == truth) / torch.log2(2.0 + torch.arange(10))).sum(1).mean().item()))
-        print("both ways" if both_ways else "one pass", f"seed {seed}, epoch {epoch}: {spent:.0f} s, "
-              f"NDCG@10 {curve[-1][1]:.4f}", file=sys.stderr, flush=True)
+
+        ndcg = five.validate(model, trie, data, users, args)
+        state["ndcg"].append(ndcg)
+        curve.append((spent, ndcg))
+        way = "both ways" if both_ways else "one pass"
+        print(f"{way} seed {seed}, epoch {epoch}: {spent:.0f} s, NDCG@10 {ndcg:.4f}", file=sys.stderr, flush=True)
     return curve
 
 
-def bench_quality(name="movietweetings-2013", seeds=3, slow_epochs=5, epochs=8, limits=()):
+def seconds_until(curve, goal):
+    """When a curve is as high as the goal for the first time; infinite if never."""
+    for seconds, ndcg in curve:
+        if ndcg >= goal:
+            return seconds
+    return math.inf
+
+
+def bench_quality(name="movietweetings-2013", seeds=3, slow_epochs=5, epochs=8, options=()):
     """Validation NDCG@10 over seconds of training, both ways. The codes are made by the scripts' defaults."""
     rows = []
     for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as run:
-            if dataset(run, name, *limits) is None:
-                return [(f"time to equal quality on {name}", "skipped", "", "", ">= 5 x sooner")]
-            for n in (2, 3, 4):
-                run_script(n, "--run", run, "--seed", seed).check_returncode()
-            slow = train(script(5), pathlib.Path(run), seed, True, slow_epochs)
-            quick = train(script(5), pathlib.Path(run), seed, False, epochs)
+        with tempfile.TemporaryDirectory() as folder:
+            if dataset(folder, name, *options) is None:
+                return [Row(f"time to equal quality on {name}", "skipped", asked=">= 5 x sooner")]
+            for number in (2, 3, 4):
+                run_script(number, "--run", folder, "--seed", seed).check_returncode()
+            slow = quality_over_time(folder, seed, slow_epochs, both_ways=True)
+            quick = quality_over_time(folder, seed, epochs, both_ways=False)
         goal = max(ndcg for _, ndcg in slow)
-        at = lambda curve: next((seconds for seconds, ndcg in curve if ndcg >= goal), math.inf)
-        rows.append((f"seed {seed}: seconds to NDCG@10 {goal:.4f}, the best of a pair at a time; best of ours "
-                     f"{max(ndcg for _, ndcg in quick):.4f}", f"{at(quick):.0f} s", f"{at(slow):.0f} s",
-                     f"{at(slow) / at(quick):.1f} x", ">= 5 x sooner"))
+        best_of_ours = max(ndcg for _, ndcg in quick)
+        ours = seconds_until(quick, goal)
+        theirs = seconds_until(slow, goal)
+        what = (f"seed {seed}: seconds to NDCG@10 {goal:.4f}, the best of a pair at a time; best of ours "
+                f"{best_of_ours:.4f}")
+        rows.append(Row(what, f"{ours:.0f} s", f"{theirs:.0f} s", f"{theirs / ours:.1f} x", ">= 5 x sooner"))
     return rows
 
 
 # --- 02: SASRec -------------------------------------------------------------------------------------------------------
-def sasrec_ours(run, batch, steps, sampled_from=50_000, precision="fp32"):
-    """The loop of 02_sasrec.py itself, its first 10 steps not counted. -> targets/s, s/step"""
-    module, length, result = script(2), [], []
 
-    def windows(*args, windows=module.windows):
-        result[:] = windows(*args)
-        length[:] = result[1].tolist()
-        return result[0], result[1]
 
-    def timed(batches, *_, **__):
-        yield from batches[:10]
-        began = time.perf_counter()
-        yield from batches[10:]
-        seconds = time.perf_counter() - began
-        result[:] = sum(len(b) * length[b[0]] for b in batches[10:]) / seconds, seconds / len(batches[10:])
-        raise InterruptedError  # before validation
+def sasrec_ours(folder, batch, steps, precision="fp32", sampled_from=None):
+    """train_epoch of 02_sasrec.py on a real run, its first 10 steps not counted. -> targets/s, s/step
 
-    module.tqdm, module.windows, module.SAMPLED_FROM = timed, windows, sampled_from
-    with contextlib.suppress(InterruptedError), contextlib.redirect_stdout(io.StringIO()):
-        module.main(["--run", str(run), "--batch", str(batch), "--max-steps", str(steps),
-                     "--precision", precision])
-    return result
+    sampled_from: in larger catalogues the softmax is sampled; None: as the script has it
+    """
+    two = script(2)
+    if sampled_from is not None:
+        two.SAMPLED_FROM = sampled_from
+
+    # The epoch is the script's own; each of its steps notes when it ended, and how many targets it had.
+    ends = []
+    targets = []
+    train_step = two.train_step
+
+    def noted_step(model, replica, optimizer, lr, events, log_q, args):
+        loss = train_step(model, replica, optimizer, lr, events, log_q, args)
+        ends.append(time.perf_counter())
+        targets.append(events[:, 1:].numel())
+        return loss
+
+    two.train_step = noted_step
+    line = ["--run", folder, "--batch", batch, "--max-steps", steps, "--precision", precision, "--device", "cpu"]
+    args = two.options([str(part) for part in line])
+    args.rank = 0
+    args.world = 1
+    run = two.Run(folder)
+    data = run.load("data.pt", "01_data.py")
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = two.build(run, data, args)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        state = {"losses": [], "ndcg": [], "step": 0}
+        two.train_epoch(model, model, optimizer, state, 0, data, args)
+
+    seconds = ends[-1] - ends[9]
+    counted = targets[10:]
+    return sum(counted) / seconds, seconds / len(counted)
 
 
 def sasrec_recbole(data, batch):
-    """Its Trainer._train_epoch with its DataLoader: each prefix of a history is a sample."""
-    np.float_, np.complex_, np.unicode_ = np.float64, np.complex128, np.str_  # gone from numpy 2
+    """Its Trainer._train_epoch with its DataLoader: each prefix of a history is a sample. Yields targets of a step."""
+    np.float_ = np.float64  # gone from numpy 2
+    np.complex_ = np.complex128
+    np.unicode_ = np.str_
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
     from recbole.model.sequential_recommender import SASRec
     from recbole.trainer import Trainer
     torch.autograd.set_detect_anomaly(False)  # a model of RecBole's turns it on for the whole process
-    folder = pathlib.Path(tempfile.mkdtemp()) / "real"
+
+    folder = Path(tempfile.mkdtemp()) / "real"
     folder.mkdir()
-    os.chdir(folder)  # it writes logs where it stands
-    events, lines = data["events"].tolist(), ["user_id:token\titem_id:token\ttimestamp:float"]
+    os.chdir(folder)    # it writes logs where it stands
+    sys.argv[1:] = []   # it reads the command line
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    events = data["events"].tolist()
     for user, (begin, end) in enumerate(itertools.pairwise(data["offsets"].tolist())):
-        lines += [f"{user}\t{events[i]}\t{i - begin}" for i in range(begin, end)]
+        for i in range(begin, end):
+            lines.append(f"{user}\t{events[i]}\t{i - begin}")
     (folder / "real.inter").write_text("\n".join(lines))
-    sys.argv[1:] = []
+
     config = Config("SASRec", "real", config_dict={
-        "data_path": str(folder.parent), "MAX_ITEM_LIST_LENGTH": 20, "train_batch_size": batch,
-        "loss_type": "CE", "train_neg_sample_args": None, "use_gpu": False, "show_progress": False,
+        "data_path": str(folder.parent),
+        "MAX_ITEM_LIST_LENGTH": 20,
+        "train_batch_size": batch,
+        "loss_type": "CE",
+        "train_neg_sample_args": None,
+        "use_gpu": False,
+        "show_progress": False,
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}})
-    train = data_preparation(config, create_dataset(config))[0]
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
+    })
+    train, _, _ = data_preparation(config, create_dataset(config))
     trainer = Trainer(config, SASRec(config, train.dataset))
-    for _ in iter(int, 1):  # for ever; an iterator of one batch is an epoch of one step
+    while True:
         for interaction in train:
-            trainer._train_epoch([interaction], 0)
+            trainer._train_epoch([interaction], 0)  # a list of one batch is an epoch of one step
             yield len(interaction)
 
 
 def sasrec_pmixer(data, batch):
-    """Its sampler (3 processes), model and optimizer; its binary loss replaced by the softmax."""
-    sys.path[:0] = [str(PEERS / "SASRec.pytorch" / folder) for folder in ("python", ".")]
+    """Its sampler (3 processes), model and optimizer; its binary loss replaced by the softmax. Yields targets."""
+    sys.path[:0] = [str(PEERS / "SASRec.pytorch" / "python"), str(PEERS / "SASRec.pytorch")]
     for name in ("model", "utils"):  # names that another peer has as well
         sys.modules.pop(name, None)
     from model import SASRec
     from utils import WarpSampler
-    events, offsets = data["events"].tolist(), data["offsets"].tolist()
-    train = {u: events[a:b - 2] for u, (a, b) in enumerate(itertools.pairwise(offsets), 1)}
-    U, N = len(train), len(data["item_ids"]) - 1
+
+    events = data["events"].tolist()
+    train = {}  # user, from 1 -> events of training
+    for begin, end in itertools.pairwise(data["offsets"].tolist()):
+        train[len(train) + 1] = events[begin:end - 2]
+    U = len(train)
+    N = len(data["item_ids"]) - 1
     sampler = WarpSampler(train, U, N, batch_size=batch, maxlen=20, n_workers=3)
-    model = SASRec(U, N, types.SimpleNamespace(
-        device="cpu", hidden_units=64, maxlen=20, dropout_rate=0.5, num_blocks=2, num_heads=2,
-        norm_first=True)).train()
+    size = types.SimpleNamespace(
+        device="cpu",
+        hidden_units=64,
+        maxlen=20,
+        dropout_rate=0.5,
+        num_blocks=2,
+        num_heads=2,
+        norm_first=True,
+    )
+    model = SASRec(U, N, size).train()
     for layer in model.forward_layers:  # its own have 64 hidden units, not 4 x 64
-        layer.conv1, layer.conv2 = torch.nn.Conv1d(64, 256, 1), torch.nn.Conv1d(256, 64, 1)
+        layer.conv1 = torch.nn.Conv1d(64, 256, 1)
+        layer.conv2 = torch.nn.Conv1d(256, 64, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98))
-    for _ in iter(int, 1):
-        _, seq, pos, _ = (np.array(x) for x in sampler.next_batch())
-        place = np.where(pos != 0)
-        scores = model.log2feats(seq)[place] @ model.item_emb.weight.T
+    while True:
+        _, history, target, _ = sampler.next_batch()
+        target = np.array(target)                                       # (B, T), 0: padding
+        place = np.where(target != 0)
+        hidden = model.log2feats(np.array(history))[place]              # (n, E)
+        scores = hidden @ model.item_emb.weight.T                       # (n, N+1)
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(scores, torch.LongTensor(pos[place])).backward()
+        F.cross_entropy(scores, torch.LongTensor(target[place])).backward()
         optimizer.step()
-        yield len(place[0])
+        yield len(hidden)
+
+
+def speed_of(loop, seconds=5):
+    """Targets a second of a peer, which makes a step each time it is asked."""
+    next(loop)  # it warms up
+    targets = 0
+    began = time.time()
+    while time.time() - began < seconds:
+        targets += next(loop)
+    return targets / (time.time() - began)
+
+
+def sasrec_speeds(folder, data, rounds=3):
+    """Targets a second at several sizes of batch; the best of some rounds counts. -> dict: who -> number"""
+    peers = {
+        ("recbole", 2048): sasrec_recbole(data, 2048),
+        ("recbole", 128): sasrec_recbole(data, 128),
+        ("pmixer", 128): sasrec_pmixer(data, 128),
+        ("pmixer", 16): sasrec_pmixer(data, 16),
+    }
+    for (who, batch), loop in list(peers.items()):
+        try:
+            next(loop)
+        except ImportError as error:
+            print(f"{who} is left out: {error} (pip, or {PEERS}/SASRec.pytorch)")
+            del peers[who, batch]
+
+    fastest = {}
+    for _ in range(rounds):  # one after another, so that a busy moment hits all
+        for precision in ("fp32", "bf16"):
+            for batch in (256, 512, 1024, 2048):
+                speed, _ = sasrec_ours(folder, batch, 30_000 // batch, precision)
+                fastest[precision] = max(speed, fastest.get(precision, 0))
+        for (who, _), loop in peers.items():
+            fastest[who] = max(speed_of(loop), fastest.get(who, 0))
+    return fastest
 
 
 def bench_sasrec():
-    """Training on real data, everybody at several sizes of batch; the fastest of 3 rounds counts."""
+    """Training on real data, everybody at several sizes of batch."""
     rows = []
     for name in ("movietweetings-2013", "amazon-beauty-2014"):
-        run, fastest = pathlib.Path(tempfile.mkdtemp()), {}
-        data = dataset(run, name, "--image-size", 8)
+        folder = Path(tempfile.mkdtemp())
+        data = dataset(folder, name, "--image-size", 8)
         if data is None:
             continue
-        loops = {("recbole", batch): sasrec_recbole(data, batch) for batch in (2048, 128)}
-        loops |= {("pmixer", batch): sasrec_pmixer(data, batch) for batch in (128, 16)}
-        mine = list(itertools.product(("fp32", "bf16"), (256, 512, 1024, 2048)))
-        for key in [*mine, *loops] * 3:
-            try:
-                if key in mine:
-                    speed = sasrec_ours(run, key[1], 30_000 // key[1], precision=key[0])[0]
-                else:
-                    next(loops[key])
-                    count, began = 0, time.time()
-                    while time.time() - began < 5:
-                        count += next(loops[key])
-                    speed = count / (time.time() - began)
-                fastest[key] = max(fastest.get(key, 0), speed)
-            except (ImportError, StopIteration) as error:
-                print(f"{key[0]} is left out: {error} (pip, or {PEERS}/SASRec.pytorch)")
-        fp32, bf16, *peers = (max([fastest[key] for key in fastest if key[0] == who], default=0)
-                              for who in ("fp32", "bf16", "recbole", "pmixer"))
-        rows += [(f"SASRec, {name}, against {who}: targets/s", f"{fp32:,.0f} (bf16: {bf16:,.0f})",
-                  f"{peer:,.0f}" if peer else "not installed",
-                  f"{fp32 / peer:.1f} ({bf16 / peer:.1f})" if peer else "", ">= 3x")
-                 for who, peer in zip(("RecBole", "pmixer"), peers)]
+        speed = sasrec_speeds(folder, data)
+        for who, called in (("recbole", "RecBole"), ("pmixer", "pmixer")):
+            for precision in ("fp32", "bf16"):
+                what = f"SASRec, {name}, ours in {precision} against {called}: targets/s"
+                rows.append(compared(what, speed[precision], speed.get(who), asked=">= 3x"))
     return rows
 
 
-def bench_sasrec_scale():
+class Trial(NamedTuple):
+    """Some steps of 02 on a large catalogue."""
+    batch: int
+    steps: int
+    softmax: str
+
+
+def bench_sasrec_scale(N=400_000, U=700_000):
     """400,000 items, 700,000 users, 6.5 million random events: seconds a step and hours an epoch."""
-    run, rng = pathlib.Path(tempfile.mkdtemp()), torch.Generator().manual_seed(0)
-    N, U, rows = 400_000, 700_000, []
+    folder = Path(tempfile.mkdtemp())
+    rng = torch.Generator().manual_seed(0)
     lengths = 5 + torch.poisson(torch.full((U,), 4.3), generator=rng).long()  # (U,)
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])  # (U+1,)
-    events = (N * torch.rand(int(offsets[-1]), generator=rng) ** 3).int().clamp(0, N - 1) + 1
-    torch.save({"made_from": {}, "item_ids": [""] * (N + 1), "user_ids": [""] * U, "events": events,
-                "offsets": offsets, "train_counts": torch.bincount(events, minlength=N + 1)},
-               run / "data.pt")
-    for batch, steps, sampled_from in ((128, 30, 50_000), (4096, 20, 50_000), (128, 16, N)):
-        speed, step = sasrec_ours(run, batch, steps, sampled_from)
-        kind, targets = "sampled" if sampled_from < N else "full", (lengths - 3).sum().item()
-        rows.append((f"SASRec, 400,000 items, {kind} softmax, batch {batch}: s/step, hours/epoch",
-                     f"{step:.3f}, {targets / speed / 3600:.2f}", "", "", ""))
+    # A cube makes low numbers frequent: an eighth of the events are of 1/512 of the items.
+    share = torch.rand(int(offsets[-1]), generator=rng) ** 3            # (events,)
+    events = 1 + (N * share).int().clamp(0, N - 1)                      # (events,)
+    data = {
+        "made_from": {},
+        "item_ids": [""] * (N + 1),
+        "user_ids": [""] * U,
+        "events": events,
+        "offsets": offsets,
+        "train_counts": torch.bincount(events, minlength=N + 1),        # (N+1,)
+    }
+    torch.save(data, folder / "data.pt")
+
+    targets = (lengths - 3).sum().item()
+    rows = []
+    for trial in (Trial(128, 30, "sampled"), Trial(4096, 20, "sampled"), Trial(128, 16, "full")):
+        sampled_from = 0 if trial.softmax == "sampled" else N
+        speed, step = sasrec_ours(folder, trial.batch, trial.steps, sampled_from=sampled_from)
+        what = f"SASRec, {N:,} items, {trial.softmax} softmax, batch {trial.batch}: s/step, hours/epoch"
+        rows.append(Row(what, f"{step:.3f}, {targets / speed / 3600:.2f}"))
     return rows
 
 
 # --- 03: RQ-DINO and residual k-means ---------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """Of one comparison with DINO."""
+    name: str
+    size: int    # pixels along a global crop
+    local: int   # and along a local one
+    patch: int
+    width: int
+    depth: int
+    crops: int   # local ones
+    batch: int
+    steps: int
+
+
+DINO_SHAPES = [
+    Shape("32 px, ViT 96 x 4, 2 + 2 crops", size=32, local=16, patch=4, width=96, depth=4, crops=2, batch=32, steps=12),
+    Shape("64 px, ViT-S/8, 2 + 8 crops", size=64, local=32, patch=8, width=384, depth=12, crops=8, batch=4, steps=5),
+]
+
+WAYS = {  # ours, options of 03
+    "quantiser": "",
+    "--plain": "--plain",
+    "quantiser, bf16": "--precision bf16",
+}
+
+
 def pace(run, batch):
     """Pictures a second by the median step of a training, after two to warm up, silently."""
     ends = []
-    hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+
+    def note(*_):
+        ends.append(time.perf_counter())
+
+    hook = register_optimizer_step_post_hook(note)
     with contextlib.redirect_stdout(io.StringIO()):
         run()
     hook.remove()
-    return batch / statistics.median(b - a for a, b in itertools.pairwise(ends[1:]))
+    steps = [after - before for before, after in itertools.pairwise(ends[1:])]
+    return batch / statistics.median(steps)
 
 
-def ours(dino, images, batch, steps, *options):
-    """The real loop of 03 on a folder of its own."""
-    with tempfile.TemporaryDirectory() as run:
-        N, known = len(images), torch.arange(len(images) + 1) > 0
-        torch.save({"made_from": {}, "images": torch.cat([images[:1], images])}, f"{run}/images.pt")
-        torch.save({"made_from": {}, "has_image": known, "titles": [""] * (N + 1), "train_counts": known.int()},
-                   f"{run}/data.pt")
-        return pace(lambda: dino.main(["--run", run, "--device", "cpu", "--batch", f"{batch}", "--epochs", "99",
-                                       "--max-steps", f"{steps}", *options]), batch)
+def dino_ours(images, shape, options):
+    """The real loop of 03 on a folder of its own. images: (n, 3, S, S) -> pictures/s"""
+    three = script(3)
+    known = torch.arange(len(images) + 1) > 0                           # (N+1,)
+    with tempfile.TemporaryDirectory() as folder:
+        with_padding = torch.cat([images[:1], images])                  # (N+1, 3, S, S)
+        torch.save({"made_from": {}, "images": with_padding}, f"{folder}/images.pt")
+        torch.save({"made_from": {}, "has_image": known}, f"{folder}/data.pt")
+        line = ["--run", folder, "--device", "cpu", "--batch", shape.batch, "--max-steps", shape.steps,
+                "--width", shape.width, "--depth", shape.depth, "--local-crops", shape.crops, "--epochs", 99]
+        argv = [str(part) for part in line] + options.split()
+        return pace(lambda: three.main(argv), shape.batch)
 
 
-def theirs(images, batch, steps, workers, sizes, patch, width, depth, crops):
+def dino_theirs(images, shape, workers):
     """train_one_epoch of facebookresearch/dino as it stands; same ViT and head, pictures decoded already."""
-    import main_dino, utils, vision_transformer as vits
-    utils.MetricLogger.synchronize_between_processes = lambda self: None  # asks for CUDA
-    augment = main_dino.DataAugmentationDINO((0.4, 1.0), (0.1, 0.4), crops)
-    for name, size in zip(("global_transfo1", "global_transfo2", "local_transfo"), (sizes[0], *sizes)):
-        getattr(augment, name).transforms[0].size = (size, size)
-    pil = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
+    import main_dino
+    import utils
+    import vision_transformer
+    augment = main_dino.DataAugmentationDINO((0.4, 1.0), (0.1, 0.4), shape.crops)
+    augment.global_transfo1.transforms[0].size = (shape.size, shape.size)
+    augment.global_transfo2.transforms[0].size = (shape.size, shape.size)
+    augment.local_transfo.transforms[0].size = (shape.local, shape.local)
+    decoded = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
+
     class Pictures(torch.utils.data.Dataset):
-        __len__ = lambda self: steps * batch
-        __getitem__ = lambda self, i: (augment(pil[i % len(pil)]), 0)
-    loader = torch.utils.data.DataLoader(Pictures(), batch, shuffle=True, num_workers=workers, drop_last=True)
-    vit = functools.partial(vits.VisionTransformer, img_size=[sizes[0]], patch_size=patch, embed_dim=width,
-                            depth=depth, num_heads=max(3, width // 64), qkv_bias=True,
-                            norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6))
-    head = functools.partial(vits.DINOHead, width, 1024, hidden_dim=4 * width, bottleneck_dim=width)
-    student, teacher = (utils.MultiCropWrapper(vit(), head()) for _ in range(2))
+        def __len__(self):
+            return shape.steps * shape.batch
+
+        def __getitem__(self, i):
+            return augment(decoded[i % len(decoded)]), 0
+
+    def network():
+        vit = vision_transformer.VisionTransformer(
+            img_size=[shape.size],
+            patch_size=shape.patch,
+            embed_dim=shape.width,
+            depth=shape.depth,
+            num_heads=max(3, shape.width // 64),
+            qkv_bias=True,
+            norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+        )
+        head = vision_transformer.DINOHead(
+            shape.width, 1024, hidden_dim=4 * shape.width, bottleneck_dim=shape.width)
+        return utils.MultiCropWrapper(vit, head)
+
+    student = network()
+    teacher = network()
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     student = torch.nn.parallel.DistributedDataParallel(student)
-    loss = main_dino.DINOLoss(1024, crops + 2, 0.04, 0.04, 0, 1)
-    optimizer, constant = torch.optim.AdamW(utils.get_params_groups(student)), [1e-3] * steps
-    args = type("args", (), {"epochs": 1, "clip_grad": 3.0, "freeze_last_layer": 1})
-    return pace(lambda: main_dino.train_one_epoch(student, teacher, teacher, loss, loader, optimizer, constant,
-                                                  constant, constant, 0, None, args), batch)
+    loader = torch.utils.data.DataLoader(
+        Pictures(), shape.batch, shuffle=True, num_workers=workers, drop_last=True)
+    loss = main_dino.DINOLoss(1024, shape.crops + 2, 0.04, 0.04, 0, 1)
+    optimizer = torch.optim.AdamW(utils.get_params_groups(student))
+    constant = [1e-3] * shape.steps  # learning rate, weight decay, momentum: they cost nothing
+    args = argparse.Namespace(epochs=1, clip_grad=3.0, freeze_last_layer=1)
+
+    def epoch():
+        main_dino.train_one_epoch(student, teacher, teacher, loss, loader, optimizer,
+                                  constant, constant, constant, 0, None, args)
+
+    return pace(epoch, shape.batch)
 
 
-def bench_dino():
+def make_dino_run_on_a_cpu():
+    """The peer expects CUDA, several processes, and a torchvision whose operators load: none of it is timed."""
+    sys.path.insert(0, str(PEERS / "dino"))
+    torchvision_without_operators()
+
+    def stays(tensor, **_):
+        return tensor
+
+    def nothing(*_):
+        pass
+
+    torch.Tensor.cuda = stays
+    torch.cuda.synchronize = nothing
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    import utils
+    utils.MetricLogger.synchronize_between_processes = nothing
+
+
+def bench_dino(shapes=DINO_SHAPES):
     """Pictures a second of training on CPU; the peer may choose how many processes load pictures."""
-    peers, workers = PEERS / "dino", ()
-    if (peers / "main_dino.py").exists():
-        workers, sys.path[:0] = (0, 1, 2), [str(peers)]
-        # The peer expects CUDA, and a torchvision whose compiled operators load: neither is timed.
-        torchvision_without_operators()
-        torch.Tensor.cuda, torch.cuda.synchronize = lambda self, **given: self, lambda: None
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    dino, rows = script(3), []
-    ways = {"quantiser": [], "--plain": ["--plain"], "quantiser, bf16": ["--precision", "bf16"]}
-    for what, sizes, patch, width, depth, crops, batch, steps in (
-            ("32 px, ViT 96 x 4, 2 + 2 crops", (32, 16), 4, 96, 4, 2, 32, 12),
-            ("64 px, ViT-S/8, 2 + 8 crops", (64, 32), 8, 384, 12, 8, 4, 5)):
-        images = torch.randint(256, (steps * batch, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
-        images = torch.nn.functional.interpolate(images, (sizes[0],) * 2, mode="bilinear").byte()
-        options = ["--width", width, "--depth", depth, "--local-crops", crops]
+    workers = []
+    missing = "PEERS/dino: facebookresearch/dino"
+    if (PEERS / "dino" / "main_dino.py").exists():
+        workers = [0, 1, 2]
+        make_dino_run_on_a_cpu()
+
+    rows = []
+    for shape in shapes:
+        rng = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (shape.steps * shape.batch, 3, 8, 8), generator=rng).float()  # (n, 3, 8, 8)
+        images = F.interpolate(images, (shape.size, shape.size), mode="bilinear").byte()  # (n, 3, S, S)
         fastest = {}
-        for _ in range(2):  # interleaved: a busy moment hits all
-            for way in (*ways, *workers):
-                speed = theirs(images, batch, steps, way, sizes, patch, width, depth, crops) if way in workers else \
-                    ours(dino, images, batch, steps, *map(str, options), *ways[way])
+        peer = None
+        for _ in range(2):  # one after another, so that a busy moment hits all
+            for way, options in WAYS.items():
+                speed = dino_ours(images, shape, options)
                 fastest[way] = max(speed, fastest.get(way, 0))
-        peer = max((fastest[n] for n in workers), default=0)
-        rows += [(f"03, pictures/s in training, {what}, {way}", f"{fastest[way]:.1f}",
-                  f"{peer:.1f}" if peer else "PEERS/dino: facebookresearch/dino",
-                  f"{fastest[way] / peer:.2f}" if peer else "", ">= 2") for way in ways]
+            for number in workers:
+                speed = dino_theirs(images, shape, number)
+                peer = max(speed, peer or 0)
+        for way in WAYS:
+            what = f"03, pictures/s in training, {shape.name}, {way}"
+            rows.append(compared(what, fastest[way], peer, asked=">= 2", form=".1f", missing=missing))
     return rows
 
 
-def bench_residual_kmeans():
+def bench_residual_kmeans(n=100_000):
     """Seconds to learn and apply 3 x 256 codes of 100,000 vectors of 64, and the error that is left."""
-    dino, rows, rng = script(3), [], torch.Generator().manual_seed(0)
-    x = torch.randn(400, 64, generator=rng)[torch.randint(400, (100_000,), generator=rng)]
-    x = x + 0.3 * torch.randn(x.shape, generator=rng) * torch.rand(64, generator=rng)
-    def run_ours():
-        codebooks = dino.residual_kmeans(x, 256, torch.Generator().manual_seed(0))
-        codes, _ = dino.quantise(x, codebooks)
-        return sum(C[codes[:, l]] for l, C in enumerate(codebooks))
-    def run_faiss(beam):
-        quantizer = faiss.ResidualQuantizer(64, 3, 8)
+    two = script(2)
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.randn(400, 64, generator=rng)                       # (400, d)
+    x = centres[torch.randint(400, (n,), generator=rng)]                # (n, d)
+    deviation = 0.3 * torch.rand(64, generator=rng)                     # (d,)
+    x = x + deviation * torch.randn(x.shape, generator=rng)             # (n, d)
+
+    def ours():
+        codebooks = two.residual_kmeans(x, 256, torch.Generator().manual_seed(0))  # (3, K, d)
+        _, left = two.quantise(x, codebooks)                            # (n, d)
+        return x - left                                                 # (n, d)
+
+    def with_faiss(beam):
+        quantizer = faiss.ResidualQuantizer(64, 3, 8)  # 8 bits a level: 256 centroids
         quantizer.max_beam_size = beam
         quantizer.train(x.numpy())
-        return torch.from_numpy(quantizer.decode(quantizer.compute_codes(x.numpy())))
-    ways = {"ours": run_ours}
-    with contextlib.suppress(ImportError):
+        return torch.from_numpy(quantizer.decode(quantizer.compute_codes(x.numpy())))  # (n, d)
+
+    ways = {"ours": ours}
+    try:
         import faiss
-        ways |= {f"faiss, beam {beam}": functools.partial(run_faiss, beam) for beam in (1, 5)}
+        ways["faiss, beam 1"] = functools.partial(with_faiss, 1)
+        ways["faiss, beam 5"] = functools.partial(with_faiss, 5)
+    except ImportError:
+        faiss = None
+
+    rows = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        if len(ways) > 1:
+        if faiss is not None:
             faiss.omp_set_num_threads(threads)
-        fastest, error = {}, {}
-        for way in [*ways] * 2:
-            start = time.perf_counter()
-            error[way] = (x - ways[way]()).square().sum(1).mean()
-            fastest[way] = min(time.perf_counter() - start, fastest.get(way, 9e9))
-        shown = {way: f"{fastest[way]:.2f} s, error {error[way]:.3f}" for way in ways}
-        rows += [(f"residual k-means, {threads} threads, against {way}", shown["ours"], shown[way],
-                  f"{fastest[way] / fastest['ours']:.2f}", ">= 1, error no larger") for way in list(ways)[1:]] or [
-                 (f"residual k-means, {threads} threads", shown["ours"], "faiss not installed", "", ">= 1")]
+        seconds = {}
+        shown = {}
+        for way, work in [*ways.items()] * 2:  # twice, one after another
+            began = time.perf_counter()
+            decoded = work()                                            # (n, d)
+            took = time.perf_counter() - began
+            seconds[way] = min(took, seconds.get(way, math.inf))
+            error = (x - decoded).square().sum(1).mean()                # ()
+            shown[way] = f"{seconds[way]:.2f} s, error {error:.3f}"
+
+        what = f"residual k-means, {threads} threads"
+        if faiss is None:
+            rows.append(Row(what, shown["ours"], "faiss not installed", "", ">= 1"))
+        for way in list(ways)[1:]:
+            ratio = seconds[way] / seconds["ours"]
+            rows.append(Row(f"{what}, against {way}", shown["ours"], shown[way], f"{ratio:.2f}",
+                            ">= 1, error no larger"))
     return rows
 
 
 # --- 01: five million reviews -----------------------------------------------------------------------------------------
-def make_reviews(folder, n=5_000_000, seed=0):
+
+
+def scrambled(number, prime):
+    """Another number for each one below 2^32: ids come in another order than popularity."""
+    return number * prime % 2 ** 32
+
+
+def make_reviews(folder, n, seed=0):
     """reviews.jsonl.gz, about 540 bytes a line; few users and items have many events, 1 % repeat."""
-    rng, folder = np.random.default_rng(seed), pathlib.Path(folder)
-    words = [bytes(rng.integers(97, 123, k, np.uint8)).decode() for k in rng.integers(2, 10, 5000)]
-    texts = [" ".join(rng.choice(words, rng.integers(20, 80))) for _ in range(5000)]
-    texts = [text.replace("aa", "\u00e9 \\\"n\\\"") for text in texts]  # what JSON must undo
-    user = (n // 6 * rng.random(n) ** 3).astype(int)
-    item = (n // 20 * rng.random(n) ** 3).astype(int)
-    again = rng.integers(0, n, n // 100)
-    user[again[1:]], item[again[1:]] = user[again[:-1]], item[again[:-1]]
-    times = rng.integers(10 ** 12, 16 * 10 ** 11, n)
-    scramble = lambda x, prime: x * prime % 2 ** 32  # ids in another order than popularity
+    rng = np.random.default_rng(seed)
+    words = []
+    for letters in rng.integers(2, 10, 5000):
+        words.append(bytes(rng.integers(97, 123, letters, np.uint8)).decode())
+    texts = []
+    for _ in range(5000):
+        text = " ".join(rng.choice(words, rng.integers(20, 80)))
+        texts.append(text.replace("aa", "\u00e9 \\\"n\\\""))  # what JSON must undo
+    user = (n // 6 * rng.random(n) ** 3).astype(int)                    # (n,)
+    item = (n // 20 * rng.random(n) ** 3).astype(int)                   # (n,)
+    again = rng.integers(0, n, n // 100)                                # (n / 100,)
+    user[again[1:]] = user[again[:-1]]
+    item[again[1:]] = item[again[:-1]]
+    times = rng.integers(10 ** 12, 16 * 10 ** 11, n)                    # (n,)
+
     folder.mkdir(parents=True, exist_ok=True)
     with gzip.open(folder / "reviews.jsonl.gz", "wb", 1) as file:
         for e in range(n):
-            asin = f"B{scramble(item[e], 2654435761):010X}"
-            file.write(
+            asin = f"B{scrambled(item[e], 2654435761):010X}"
+            verified = "true" if e % 9 else "false"
+            line = (
                 f'{{"rating": {e % 5 + 1}.0, "title": "{words[e % 5000]} {words[e * 7 % 5000]}", '
                 f'"text": "{texts[e * 11 % 5000]}", "images": [], "asin": "{asin}", '
-                f'"parent_asin": "{asin}", "user_id": "AG{scramble(user[e], 2246822519):026X}", '
-                f'"timestamp": {times[e]}, "helpful_vote": {e % 3}, '
-                f'"verified_purchase": {"true" if e % 9 else "false"}}}\n'.encode())
+                f'"parent_asin": "{asin}", "user_id": "AG{scrambled(user[e], 2246822519):026X}", '
+                f'"timestamp": {times[e]}, "helpful_vote": {e % 3}, "verified_purchase": {verified}}}\n'
+            )
+            file.write(line.encode())
     (folder / "meta.jsonl").write_text(json.dumps({"parent_asin": asin, "title": "an item"}) + "\n")
+
 
 # What a practitioner writes: types not guessed, three columns kept of each chunk, ids numbered
 # once, then the rules on integers. Equal times stay in the file's order (--ties file). It runs with
@@ -628,131 +1033,241 @@ np.savez(sys.argv[2], events=item + 1, offsets=np.r_[0, np.bincount(user).cumsum
 """
 
 
-def watch(line):
-    """Runs a command line. -> exit code, seconds, peak GiB, peak GiB of anonymous memory, what it printed.
+class Watched(NamedTuple):
+    """How a command went."""
+    code: int
+    seconds: float
+    peak: float       # GiB, pages of mapped files as well, which the system may drop at any time
+    anonymous: float  # GiB of anonymous memory
+    printed: str
 
-    The first peak counts pages of mapped files too, which the system may drop at any time."""
-    start, most = time.time(), {"VmHWM": 0, "RssAnon": 0}  # KiB
+
+def watch(line):
+    """Runs a command line. -> Watched"""
+    began = time.time()
+    most = {"VmHWM": 0, "RssAnon": 0}  # KiB
     with tempfile.TemporaryFile("w+") as printed:
         child = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT)
         while child.poll() is None:
             with contextlib.suppress(OSError):  # it has ended by now
-                status = pathlib.Path(f"/proc/{child.pid}/status").read_text()
-                fields = dict(x.split(":", 1) for x in status.splitlines())
-                most = {key: max(peak, int(fields.get(key, "0").split()[0])) for key, peak in most.items()}
+                status = Path(f"/proc/{child.pid}/status").read_text()
+                fields = dict(entry.split(":", 1) for entry in status.splitlines())
+                for key in most:
+                    now = int(fields.get(key, "0").split()[0])
+                    most[key] = max(most[key], now)
             time.sleep(0.2)
+        seconds = time.time() - began
         printed.seek(0)
-        return (child.returncode, time.time() - start, most["VmHWM"] / 2 ** 20, most["RssAnon"] / 2 ** 20,
-                printed.read())
+        return Watched(child.returncode, seconds, most["VmHWM"] / 2 ** 20, most["RssAnon"] / 2 ** 20, printed.read())
+
+
+def watch_success(line):
+    """The same, of a command that must work."""
+    watched = watch(line)
+    if watched.code != 0:
+        sys.exit(f"{line} ends with exit code {watched.code}:\n{watched.printed}")
+    return watched
+
+
+def same_data(ours, pandas):
+    """Have data.pt and what pandas wrote the same events, offsets and ids?"""
+    ours = torch.load(ours, weights_only=True)
+    theirs = np.load(pandas)
+    pairs = [
+        (ours["events"], theirs["events"]),
+        (ours["offsets"], theirs["offsets"]),
+        (ours["item_ids"][1:], theirs["item_ids"]),
+        (ours["user_ids"], theirs["user_ids"]),
+    ]
+    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 def bench_data(n=5_000_000):
     """Ours, pandas, ours again after a kill: seconds, memory, and whether the results are equal."""
-    with tempfile.TemporaryDirectory() as tmp:
-        tmp = pathlib.Path(os.environ.get("BENCH_DATA", tmp))  # to use the same reviews again
-        path, data = tmp / "reviews/reviews.jsonl.gz", tmp / "run/data.pt"
-        if not path.exists():
-            make_reviews(path.parent, n)
-        line = command(1, "--run", data.parent, "--dataset", path.parent, "--ties", "file", "--image-size", 8)
-        code, ours, peak, *_ = watch(line)
-        assert code == 0, line
-        whole, asked = data.read_bytes(), ">= 2x"
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(os.environ.get("BENCH_DATA", temporary))  # to use the same reviews again
+        reviews = home / "reviews" / "reviews.jsonl.gz"
+        if not reviews.exists():
+            make_reviews(reviews.parent, n)
+        data = home / "run" / "data.pt"
+        line = command(1, "--run", data.parent, "--dataset", reviews.parent, "--ties", "file", "--image-size", 8)
+        ours = watch_success(line)
+        whole = data.read_bytes()
+
         what = f"01_data.py: {n:,} reviews, seconds"
-        rows = [(what, f"{ours:.1f}", "not installed", "", asked)]
         if importlib.util.find_spec("pandas"):
-            code, peer, peer_peak, *_ = watch([sys.executable, "-c", PANDAS_SIDE, str(path), str(tmp / "pandas.npz")])
-            assert code == 0, "pandas failed"
-            d, p = torch.load(data, weights_only=True), np.load(tmp / "pandas.npz")
-            same = all(np.array_equal(a, b) for a, b in (
-                (d["events"], p["events"]), (d["offsets"], p["offsets"]),
-                (d["item_ids"][1:], p["item_ids"]), (d["user_ids"], p["user_ids"])))
-            rows = [(what, f"{ours:.1f}", f"{peer:.1f}", f"{peer / ours:.2f}", asked),
-                    ("  peak GiB", f"{peak:.2f}", f"{peer_peak:.2f}", "", "<= 1.5 (GB)"),
-                    ("  events, offsets, ids equal to pandas'", str(same), "", "", "True")]
+            written = home / "pandas.npz"
+            peer = watch_success([sys.executable, "-c", PANDAS_SIDE, str(reviews), str(written)])
+            ratio = peer.seconds / ours.seconds
+            rows = [
+                Row(what, f"{ours.seconds:.1f}", f"{peer.seconds:.1f}", f"{ratio:.2f}", ">= 2x"),
+                Row("  peak GiB", f"{ours.peak:.2f}", f"{peer.peak:.2f}", "", "<= 1.5 (GB)"),
+                Row("  events, offsets, ids equal to pandas'", str(same_data(data, written)), asked="True"),
+            ]
+        else:
+            rows = [Row(what, f"{ours.seconds:.1f}", "pandas not installed", "", ">= 2x")]
+
         data.unlink()
         child = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-        time.sleep(ours / 2)
+        time.sleep(ours.seconds / 2)
         child.kill()
-        killed = child.wait() != 0 and not data.exists()
-        code, again, *_ = watch(line)
-        assert code == 0, line
-        rows += [("  killed half-way, run again: the same bytes",
-                  str(killed and data.read_bytes() == whole), f"({again:.1f} s)", "", "True")]
+        was_killed = child.wait() != 0 and not data.exists()
+        again = watch_success(line)
+        same = was_killed and data.read_bytes() == whole
+        rows.append(Row("  killed half-way, run again: the same bytes", str(same), f"({again.seconds:.1f} s)",
+                        asked="True"))
     return rows
 
 
 # --- All: the paper's scale -------------------------------------------------------------------------------------------
-def make_shop(folder, N=400_000, U=700_000, events=6_500_000, seed=0):
-    """A folder for 01_data.py. Items are in hidden groups of 200 with words and pictures of their
-    own; four of five events of a user are in one group. The 5-core keeps nearly everything."""
-    rng, folder, G = np.random.default_rng(seed), pathlib.Path(folder), max(1, N // 200)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    events = int(1.068 * events)  # 6.4 % repeat what the user had, and are dropped
-    more = (U * rng.random(events - 6 * U) ** 2).astype(int)  # six events each; the rest unevenly
-    user = np.repeat(np.arange(U), 6 + np.bincount(more, minlength=U))  # (events,)
-    group = np.where(rng.random(events) < 0.8, rng.integers(0, G, U)[user],
-                     rng.integers(0, G, events))  # (events,)
-    order = np.lexsort((rng.random(events), group))  # (events,), of a group in any order
-    size = np.bincount(group, minlength=G)[group[order]]  # (events,)
-    first = np.searchsorted(group[order], group[order])  # (events,)
-    v = (np.arange(events) - first + rng.random(events)) / size  # (events,), even over [0, 1)
-    v = np.where(v < 0.45, v / 0.45, ((v - 0.45) / 0.55) ** 4)  # 45 % alike, 55 % Zipf-like
-    item = np.empty(events, int)  # (events,)
-    item[order] = group[order] + G * (v * (N // G)).astype(int)
-    when = 1_300_000_000_000 + rng.integers(0, 3 * 10 ** 11, events)  # (events,), ms
 
-    words = np.array(["".join(map(chr, rng.integers(97, 123, k))) for k in rng.integers(3, 10, 30_000)])
+
+def make_shop(folder, N=400_000, U=700_000, events=6_500_000, seed=0):
+    """A folder for 01_data.py. Items are in hidden groups of 200 with words and pictures of their own; four of five
+    events of a user are in one group. The 5-core keeps nearly everything."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    groups = max(1, N // 200)
+    events = int(1.068 * events)  # 6.4 % repeat what the user had, and are dropped
+    user, item, when = draw_purchases(rng, N, U, events, groups)
+    write_items(folder, rng, N, groups)
+    write_pictures(folder, rng)
+    write_purchases(folder, user, item, when)  # last: where it is, all is there
+
+
+def draw_purchases(rng, N, U, events, groups):
+    """Who bought what, and when. -> user, item, when (events,) each"""
+    # Six events each; the rest unevenly, as a square makes low numbers frequent.
+    rest = (U * rng.random(events - 6 * U) ** 2).astype(int)            # (events - 6 U,)
+    user = np.repeat(np.arange(U), 6 + np.bincount(rest, minlength=U))  # (events,)
+
+    in_own_group = rng.random(events) < 0.8                             # (events,)
+    own_group = rng.integers(0, groups, U)[user]                        # (events,)
+    any_group = rng.integers(0, groups, events)                         # (events,)
+    group = np.where(in_own_group, own_group, any_group)                # (events,)
+
+    # Spread the events of each group over its items: number them from 0 in any order, and divide by how many there
+    # are. These shares lie evenly between 0 and 1, so that no item of a group is left out.
+    order = np.lexsort((rng.random(events), group))                     # (events,)
+    sorted_group = group[order]                                         # (events,)
+    size = np.bincount(group, minlength=groups)[sorted_group]           # (events,)
+    first = np.searchsorted(sorted_group, sorted_group)                 # (events,) where the event's group begins
+    number = np.arange(events) - first                                  # (events,)
+    share = (number + rng.random(events)) / size                        # (events,)
+
+    # 45 % of the events fall on all items alike, 55 % on few: the fourth power makes low shares frequent.
+    even = share / 0.45                                                 # (events,)
+    popular = ((share - 0.45) / 0.55) ** 4                              # (events,)
+    share = np.where(share < 0.45, even, popular)                       # (events,)
+    in_group = (share * (N // groups)).astype(int)                      # (events,)
+    item = np.empty(events, int)                                        # (events,)
+    item[order] = sorted_group + groups * in_group                      # item i is in group i % groups
+    when = 1_300_000_000_000 + rng.integers(0, 3 * 10 ** 11, events)    # (events,), ms
+    return user, item, when
+
+
+def write_items(folder, rng, N, groups):
+    """meta.jsonl.gz: 40 words an item, of which some are those of its group, two categories, a picture."""
+    words = []
+    for letters in rng.integers(3, 10, 30_000):
+        words.append("".join(chr(letter) for letter in rng.integers(97, 123, letters)))
+    words = np.array(words)                                             # (30000,)
     with gzip.open(folder / "meta.jsonl.gz", "wt", compresslevel=1) as file:
-        for part in np.array_split(np.arange(N), max(1, N // 10_000)):
+        for part in np.array_split(np.arange(N), max(1, N // 10_000)):  # (part,)
             word = (30_000 ** rng.random((len(part), 40))).astype(int)  # (part, 40): Zipf's law
-            of_group = rng.random(word.shape) < 0.3
-            word = np.where(of_group, (part % G * 7919)[:, None] + word % 31, word) % 30_000
+            of_group = (part % groups * 7919)[:, None] + word % 31      # (part, 40): 31 words of its own
+            word = np.where(rng.random(word.shape) < 0.3, of_group, word) % 30_000  # (part, 40)
             for i, line in zip(part.tolist(), words[word].tolist()):
-                file.write(f'{{"parent_asin": "B{i:09d}", "title": "{" ".join(line[:6])}", '
-                           f'"description": ["{" ".join(line[6:])}."], '
-                           f'"categories": ["kind {i % G % 40}", "group {i % G}"], "images": '
-                           f'[{{"large": "images/p{(i % G + i) % 1000}.jpg", "variant": "MAIN"}}]}}\n')
+                group = i % groups
+                file.write(
+                    f'{{"parent_asin": "B{i:09d}", "title": "{" ".join(line[:6])}", '
+                    f'"description": ["{" ".join(line[6:])}."], '
+                    f'"categories": ["kind {group % 40}", "group {group}"], "images": '
+                    f'[{{"large": "images/p{(group + i) % 1000}.jpg", "variant": "MAIN"}}]}}\n'
+                )
+
+
+def write_pictures(folder, rng):
+    """A thousand of them: coloured grids of a few cells."""
     for k in range(1000):
         grid = rng.integers(0, 256, (2 + k % 5, 2 + k % 3, 3), np.uint8)
         Image.fromarray(grid).resize((96, 96)).save(folder / f"images/p{k}.jpg")
+
+
+def write_purchases(folder, user, item, when):
+    """reviews.jsonl.gz, under another name until it is complete."""
     with gzip.open(folder / "reviews.partial", "wt", compresslevel=1) as file:
         for u, i, t in zip(user.tolist(), item.tolist(), when.tolist()):
-            file.write(f'{{"rating": {t % 5 + 1}.0, "title": "Five stars", "text": "It does what it '
-                       f'should, and came in time.", "images": [], "asin": "B{i:09d}", "parent_asin": '
-                       f'"B{i:09d}", "user_id": "AE{u:026d}", "timestamp": {t}, "helpful_vote": 0, '
-                       f'"verified_purchase": true}}\n')
-    os.replace(folder / "reviews.partial", folder / "reviews.jsonl.gz")  # written last: complete
+            file.write(
+                f'{{"rating": {t % 5 + 1}.0, "title": "Five stars", "text": "It does what it '
+                f'should, and came in time.", "images": [], "asin": "B{i:09d}", "parent_asin": '
+                f'"B{i:09d}", "user_id": "AE{u:026d}", "timestamp": {t}, "helpful_vote": 0, '
+                f'"verified_purchase": true}}\n'
+            )
+    os.replace(folder / "reviews.partial", folder / "reviews.jsonl.gz")
 
 
 def bench_scale(scripts=(1, 2, 3, 4, 5, 6), steps=50):
     """All scripts in order; training for some steps. $BENCH_DIR keeps the shop and the run."""
     rows = []
-    with tempfile.TemporaryDirectory() as tmp:
-        home = pathlib.Path(os.environ.get("BENCH_DIR", tmp))
-        if not (home / "shop/reviews.jsonl.gz").exists():
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(os.environ.get("BENCH_DIR", temporary))
+        run = home / "run"
+        if not (home / "shop" / "reviews.jsonl.gz").exists():
             make_shop(home / "shop")
-        for n in scripts:
-            options = {1: ["--dataset", home / "shop"]}.get(n, ["--max-steps", steps] * (n in (2, 3, 5)))
-            for modality in ("image", "collab"):  # 05 takes the texts' codes for those that a trial does not make
-                if n == 5:
-                    shutil.copy(home / "run/text_codes.pt", home / f"run/{modality}_codes.pt")
-            code, seconds, peak, anonymous, printed = watch(command(n, "--run", home / "run", *options))
-            said = [line for line in printed.splitlines() if "an epoch" in line or code]
-            rows.append((f"{SCRIPTS[n - 1].name} at the paper's scale; " + " ".join(said[-3:]),
-                         f"{seconds:.0f} s, {anonymous:.1f} GiB, {peak:.1f} with mapped files", "", "", "<= 16 GB"))
+        for number in scripts:
+            options = []
+            if number == 1:
+                options = ["--dataset", home / "shop"]
+            if number in (2, 3, 5):
+                options = ["--max-steps", steps]
+            if number == 5:
+                # A trial of 02 or 03 makes no codes: 05 takes those of the texts for them.
+                shutil.copy(run / "text_codes.pt", run / "image_codes.pt")
+                shutil.copy(run / "text_codes.pt", run / "collab_codes.pt")
+            watched = watch(command(number, "--run", run, *options))
+
+            said = watched.printed.splitlines()
+            if watched.code == 0:
+                said = [line for line in said if "an epoch" in line]
+            what = f"{SCRIPTS[number - 1].name} at the paper's scale; " + " ".join(said[-3:])
+            cost = (f"{watched.seconds:.0f} s, {watched.anonymous:.1f} GiB, {watched.peak:.1f} with mapped files")
+            rows.append(Row(what, cost, asked="<= 16 GB"))
     return rows
 
 
+BENCHES = {
+    "training": bench_training,
+    "beam": bench_beam,
+    "trie": bench_trie,
+    "quality": bench_quality,
+    "sasrec": bench_sasrec,
+    "sasrec_scale": bench_sasrec_scale,
+    "dino": bench_dino,
+    "residual_kmeans": bench_residual_kmeans,
+    "data": bench_data,
+    "scale": bench_scale,
+}
+LONG = ["quality", "scale"]
+
+
 def main():
-    benches = {name[6:]: function for name, function in globals().items() if name.startswith("bench_")}
-    chosen = sys.argv[1:] or [name for name in benches if name not in LONG]
-    if unknown := set(chosen) - set(benches):
-        sys.exit(f"There is no {', '.join(sorted(unknown))}: choose from {', '.join(benches)}.")
-    if len(chosen) > 1:  # each in a process of its own: peers change torch, modules and the allocator for what follows
-        sys.exit(any([subprocess.run([sys.executable, __file__, name]).returncode for name in chosen]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", help=f"some of {', '.join(BENCHES)} (default: all but {', '.join(LONG)})")
+    chosen = parser.parse_args().part
+    unknown = [name for name in chosen if name not in BENCHES]
+    if unknown:
+        sys.exit(f"There is no {', '.join(unknown)}: choose from {', '.join(BENCHES)}.")
+    if not chosen:
+        chosen = [name for name in BENCHES if name not in LONG]
+
+    # Each in a process of its own: peers change torch, modules and the allocator for what follows.
+    if len(chosen) > 1:
+        codes = [subprocess.run([sys.executable, __file__, name]).returncode for name in chosen]
+        sys.exit(1 if any(codes) else 0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| what | ours | peer | ratio | asked |\n|---|---|---|---|---|")
-    for row in benches[chosen[0]]():
+    for row in BENCHES[chosen[0]]():
         print("| " + " | ".join(row) + " |", flush=True)
 
 
