@@ -75,12 +75,12 @@ MIN_EVENTS = 3  # a user needs one event each to train, validate and test
 #
 #   p(i | u, j) = exp(score(u, i, j)) / sum over all items k of exp(score(u, k, j))
 #
-#   score(u, i, j) = - 0.5 log rank(i)                              few items sell, most are rare
+#   score(u, i, j) = - 0.5 log rank(i)                              some items sell better
 #                    + 3.0 [colour(i) is the favourite of u]        seen only in the picture
 #                    + 1.5 [pattern(i) is the favourite of u]       seen only in the picture
-#                    + 3.0 [material(i) is the favourite of u]      named in title or text
+#                    + 3.0 [material(i) is the favourite of u]      mostly named in title or text
 #                    + 4.5 [circle(i) = companion(circle(j))]       known only from purchases
-#                    + 0.5 [category(i) = following(category(j))]   in picture, title and text
+#                    + 0.5 [category(i) = following(category(j))]   in picture and title
 #
 # where [..] is 1 if what it says is true, else 0; a first item lacks the last two lines. Nobody
 # takes an item twice.
@@ -381,7 +381,7 @@ def most_frequent(item, most):
 
 
 def drawn_users(user, args, rng):
-    """Users too short for the k-core go first, so that --max-users draws none in vain.
+    """Users too short for the k-core go first, so that --max-users draws fewer in vain.
 
     -> bool (events,)
     """
@@ -621,7 +621,7 @@ def print_summary(data):
 
 
 # --- Reading what people have ---------------------------------------------------------------------
-# A door turns one layout into what the rules need, and this is all that they know of a source:
+# A door turns one layout into four things, and nothing else below knows of the source:
 #
 #     events         yields (user id, item id, time), in the order of the file
 #     items          yields dicts: item_id, and of title, text, categories, picture what is known
@@ -715,7 +715,7 @@ def addresses(images):
 def read_table(path, counts):
     """Yields the rows of a .jsonl, .jsonl.gz or .csv as dicts; counts lines that are no row."""
     # utf-8-sig: a mark that some programs put in front is no text. surrogateescape: what is not
-    # UTF-8 is carried along; an id that holds it is refused, as it cannot be told from another.
+    # UTF-8 is carried along; an id that holds it is refused, as it cannot be printed.
     size = path.stat().st_size
     # disable=None: no bar where the output is no terminal.
     bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
@@ -950,8 +950,8 @@ TRIES = 6
 PAUSE = 0.5         # seconds; between tries we wait 0, 2, 4, 8 and 16 times as long
 LONGEST_PAUSE = 60  # seconds, even if a host asks for more
 TIMEOUT = (10, 60)  # seconds to connect, and until the next byte comes
-PATIENCE = 60       # seconds that the body of a picture may take, and each reply to begin
-SLOWEST = 1 << 16   # bytes of a large file that must come in as many, or it counts as broken off
+PATIENCE = 60       # seconds for a picture's body, and for a reply of an untrusted host to begin
+SLOWEST = 1 << 16   # bytes of a large file that must come in PATIENCE seconds, else it broke off
 LARGEST_FILE = 100 << 30    # bytes; no host is trusted to come to an end
 LARGEST_PICTURE = 50 << 20
 
@@ -1134,8 +1134,8 @@ class Guarded:
         check_peer(self.sock.getpeername()[0])
 
     def getresponse(self):
-        # The same for the headers. Here nothing is returned before they end, so if they do not, a
-        # thread hangs up.
+        # As in copy(): the timeout starts anew with every byte, and nothing is returned before the
+        # headers end. So if they have not ended after PATIENCE seconds, a thread hangs up.
         sock = self.sock
 
         def hang_up():
