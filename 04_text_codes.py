@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 
-WIDTH = 64         # dimensions of the built-in embedding; with 256, most short texts share codes
+WIDTH = 64         # dimensions of the built-in embedding; 256 part the toy shop's items no better
 BUCKETS = 2 ** 20  # features are numbered by a hash; two that meet in a column count as one
 SAMPLE = 20_000    # texts whose features and principal directions stand for all
 WHITENED = 128     # principal directions kept of a language model's vectors, at the most
@@ -171,13 +171,13 @@ def principal_directions(matrix, d, rng):
     """What right_1 .. right_d span, by a randomised SVD (Halko et al. 2011, algorithm 4.4).
 
     An exact SVD of a large shop's matrix takes too long. But X is mostly zeros, so X^T (X v), two
-    products, is cheap, and since (X^T X) right_j = s_j^2 right_j, p of them stretch each part of
-    any vector v by its own factor:
+    products, is cheap, and since (X^T X) right_j = s_j^2 right_j, p such rounds stretch each part
+    of any vector v by its own factor:
 
         (X^T X)^p v = sum_j s_j^(2p) (right_j . v) right_j
 
     A random v has a part along every right_j, and the first ones outgrow the others. So d random
-    vectors turn towards right_1 .. right_d: of a right_j whose s_j is half of s_d, five products
+    vectors turn towards right_1 .. right_d: of a right_j whose s_j is half of s_d, five rounds
     leave (1/2)^10, a thousandth. Where s_j is hardly below s_d, right_j would do as well.
 
     matrix: sparse (n, features), the X above -> (features, d), columns of length 1 at right angles
@@ -323,7 +323,7 @@ def whiten(x):
     right = right.flip(1)[:, :WHITENED]                             # (width, d)
 
     # Directions of almost no variance may be rounding errors: to blow them up would add noise.
-    square = covariance.trace() + mean.square().sum()               # (), mean of ||x_i||^2
+    square = covariance.trace() + mean.square().sum()               # (), about E ||x_i||^2
     least = max(1e-8 * variance[0], 1e-12 * square)                 # ()
     keep = variance > least                                         # (d,)
     if not keep.any():  # one item, or all vectors equal
@@ -616,8 +616,8 @@ def standard_embeddings(vectors, known):
 # Door three: an endpoint may be busy, restarting, or gone. Nothing here belongs to the method.
 
 TIMEOUT = (10, 120)  # seconds to connect, seconds to wait for an answer
-ATTEMPTS = 5         # at one request, before the script gives up
-RETRIES = 50         # failed requests that one run forgives an endpoint, all together
+ATTEMPTS = 5         # at one request; an answer cut off begins anew, with one attempt less
+RETRIES = 50         # failures that one run forgives, all together; none before a cut-off counts
 LONGEST_WAIT = 60    # seconds, whatever the endpoint asks for
 TRY_AGAIN = [429, *range(500, 600)]  # "too many requests", and the server's own errors
 

@@ -84,8 +84,9 @@ SHOWN = [
 #
 # Over both, Recall@1 = (1 + 0) / 2 = .5 and NDCG@5 = (1 / log2(2) + 1 / log2(3)) / 2 = .815.
 #
-# With one item to be found the ideal list has it first, which gains 1 / log2(2) = 1: NDCG is DCG
-# here (Jarvelin and Kekalainen, ACM TOIS 2002).
+# DCG, discounted cumulative gain, adds up 1 / log2(rank + 1) of the items found; NDCG divides it by
+# that of the best list possible. With one item to be found that is 1 / log2(2) = 1, so that NDCG
+# is DCG here (Jarvelin and Kekalainen, ACM TOIS 2002).
 
 
 def rank_of(target, top):
@@ -124,9 +125,11 @@ def gains(rank):
 #   var(user) / U   +   var(seed) / n + var(rest) / (n U)
 #   users' part         seeds' part
 #
-# Seeds' part: the means of the seeds vary by var(seed) + var(rest) / U. A fraction 1 / n is it.
-# Users' part: the means of the users vary by var(user) + var(rest) / n. A fraction 1 / U is it, and
-# var(rest) / (n U) too much: the seeds' part has that already, so it is taken off.
+# Seeds' part: the means of the seeds have the variance var(seed) + var(rest) / U. Divided by n,
+# that is the seeds' part.
+# Users' part: the means of the users have the variance var(user) + var(rest) / n. Divided by U,
+# that is the users' part plus var(rest) / (n U), which the seeds' part has already: it is taken
+# off.
 #
 # The variance of thousands of users is well known, that of three seeds is not. For such cases
 # Student found that 1.96 deviations, where 95 % of a normal distribution lie, must become a larger
@@ -184,9 +187,9 @@ def half_interval(*models):
 def interval_of_difference(ours, theirs, same_seeds):
     """95 % interval of mean(ours) - mean(theirs).  [24]
 
-    Both models answer the same users, and models of one seed were made from the same codes: what
-    makes a user or a seed easy for both cancels in each difference x[s, u]. If the seeds are not
-    the same, only users are paired.
+    Both models answer the same users, and models of one seed may share codes, or one made the
+    other's (SASRec): what makes a user or a seed easy for both cancels in each difference x[s, u].
+    If the seeds are not the same, only users are paired.
 
     ours, theirs: (seeds, U, metrics) -> low, high (2, metrics)
     """
@@ -512,7 +515,7 @@ def read_codes(run, data):
 def labels_of_items(data):
     """What items may have in common: their category and, in the toy shop, what they were made of.
 
-    -> dict: name -> int64 (N+1,), a number for each different label, -1: none
+    -> dict: name -> int64 (N+1,), a number for each different label, -1: none (row 0 is not used)
     """
     # A category: the first of an item's own that fewer than half of the items have, as one that
     # all have ("Beauty" in a shop of cosmetics) would say nothing.
@@ -946,7 +949,7 @@ def draw_recall(run, rows):
 
 
 def draw_rarity(run, rows, data):
-    """rarity.png: the same for ten groups of users, by how rare the item is that they look for."""
+    """rarity.png: Recall@10 of ten groups of users, by how rare the item is that they look for."""
     # Each group is named after its rarest and its most frequent item.
     bought = data["train_counts"][targets(data).long()]             # (U,)
     groups = []
@@ -987,7 +990,7 @@ def draw_curves(run, rows, curves, data):
 
     N = len(data["item_ids"]) - 1
     title = f"loss, nats (uniform: {math.log(N):.2f})"
-    unit = "minutes of training"
+    unit = "minutes of training and validation"
     panels = [Panel("lines", title, unit, None, losses),
               Panel("lines", "validation NDCG@10", unit, None, ndcg)]
     chart(run, "curves.png", 2, panels + by_code)
@@ -1122,7 +1125,7 @@ def commonest_label(items, labels):
 
 
 def draw_neighbours(run, trees, data, images, rng):
-    """neighbours.png: what lies next to the five best sellers, for RQ-DINO and for raw pixels."""
+    """neighbours.png: what lies next to five best sellers (of a sample), by RQ-DINO and by pixels."""
     strips = []
     tree = trees.get("image", {})
     if images.shape[2] > 1 and "embeddings" in tree:
