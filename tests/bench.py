@@ -686,18 +686,15 @@ def speed_of(loop, seconds=5):
 
 def sasrec_speeds(folder, data, rounds=3):
     """Targets a second at several sizes of batch; the best of some rounds counts. -> dict: who -> number"""
-    peers = {
-        ("recbole", 2048): sasrec_recbole(data, 2048),
-        ("recbole", 128): sasrec_recbole(data, 128),
-        ("pmixer", 128): sasrec_pmixer(data, 128),
-        ("pmixer", 16): sasrec_pmixer(data, 16),
-    }
-    for (who, batch), loop in list(peers.items()):
+    peers = []  # who, and a loop that makes a step each time it is asked
+    for who, begin, batches in (("recbole", sasrec_recbole, (2048, 128)), ("pmixer", sasrec_pmixer, (128, 16))):
         try:
-            next(loop)
+            for batch in batches:
+                loop = begin(data, batch)
+                next(loop)
+                peers.append((who, loop))
         except ImportError as error:
             print(f"{who} is left out: {error} (pip, or {PEERS}/SASRec.pytorch)")
-            del peers[who, batch]
 
     fastest = {}
     for _ in range(rounds):  # one after another, so that a busy moment hits all
@@ -705,7 +702,7 @@ def sasrec_speeds(folder, data, rounds=3):
             for batch in (256, 512, 1024, 2048):
                 speed, _ = sasrec_ours(folder, batch, 30_000 // batch, precision)
                 fastest[precision] = max(speed, fastest.get(precision, 0))
-        for (who, _), loop in peers.items():
+        for who, loop in peers:
             fastest[who] = max(speed_of(loop), fastest.get(who, 0))
     return fastest
 

@@ -28,10 +28,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench import best, unique_codes
+from bench import MODALITIES, K, best, random_sources
 from conftest import command, script
-
-MODALITIES = ["image", "text", "collab"]
 
 
 class Maker(NamedTuple):
@@ -606,7 +604,7 @@ def growth(args):
         five = script(5)
         sources = random_sources(N)
         generator = five.Generator(sources, MODALITIES, "collab", SIZE).eval()
-        trie = five.Trie(sources["collab"]["codes"], 256)
+        trie = five.Trie(sources["collab"]["codes"], K)
 
         megabytes = [sasrec.items.weight[1:].nbytes / 1e6, bytes_of_items(generator, trie) / 1e6]
         seconds = []
@@ -633,18 +631,6 @@ def growth(args):
         "MSCGRec",
     ]
     table(header, answers)
-
-
-def random_sources(N):
-    """Random codes of three modalities with random centroids, as their files hold them; all items are known."""
-    sources = {}
-    for modality in MODALITIES:
-        sources[modality] = {
-            "codes": unique_codes(N),                                   # (N+1, L)
-            "known": torch.ones(N + 1, dtype=torch.bool),               # (N+1,)
-            "codebooks": torch.randn(3, 256, 64),                       # (3, K, d)
-        }
-    return sources
 
 
 def bytes_of_items(model, trie):
