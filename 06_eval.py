@@ -1125,7 +1125,7 @@ def commonest_label(items, labels):
 
 
 def draw_neighbours(run, trees, data, images, rng):
-    """neighbours.png: what lies next to five best sellers (of a sample), by RQ-DINO and by pixels."""
+    """neighbours.png: what lies next to five best sellers of a sample, by RQ-DINO and by pixels."""
     strips = []
     tree = trees.get("image", {})
     if images.shape[2] > 1 and "embeddings" in tree:

@@ -298,7 +298,7 @@ def test_a_foreign_model_joins_with_two_keys(tmp_path, capsys):
     torch.save({"name": "by hand", "seed": 1, "test": torch.zeros_like(test), "seconds": {"train": 3}},
                run / "predictions-nothing.pt")
     results(run)
-    assert "3 files, 2 users: all ids are real items, none comes twice" in \
+    assert "3 files, 2 users: all ids are items of data.pt, none comes twice" in \
         capsys.readouterr().out
 
 
