@@ -549,7 +549,7 @@ def test_curves_are_over_minutes_with_the_sum_of_the_codes_losses(monkeypatch):
     data = {"item_ids": [""] * 101}
     panels = drawn_by(monkeypatch, evaluation.draw_curves, MEANS, {"strong": saved, "mscgrec": saved}, data)
     loss, ndcg, levels = panels
-    assert loss.title == "loss, nats (uniform: 4.61)" and loss.unit == ndcg.unit == "minutes of training"
+    assert loss.title == "loss, nats (uniform: 4.61)" and loss.unit == ndcg.unit == "minutes of training and validation"
     assert [(one.name, one.style) for one in loss.series] == [("strong", 0), ("mscgrec", 2)]
     assert points(loss.series[0]) == [(2, 3), (4, 2)] and points(ndcg.series[0]) == [(2, 0.25)]
     assert levels.title == "mscgrec: loss of each code, nats"
