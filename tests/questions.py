@@ -17,7 +17,9 @@ letters  B users in a batch, T items of history, L codes of an item in one modal
          U users, E width of a model, S side of a picture, d width of a vector that is cut into codes
 """
 import argparse
+import contextlib
 import copy
+import io
 import os
 import shutil
 import subprocess
@@ -398,7 +400,8 @@ def sasrec_scores(folder, data, split, unknown=0):
     saved = run.load("sasrec.pt", "02_sasrec.py")
     args = argparse.Namespace(**saved["options"])
     args.device = "cpu"
-    model = two.build(run, data, args)
+    with contextlib.redirect_stdout(io.StringIO()):  # it would print how large the model is
+        model = two.build(run, data, args)
     model.load_state_dict(saved["weights"])
     model.eval()
 
@@ -536,8 +539,8 @@ def unseen(args):
                 options = ["--epochs", args.epochs, "--name", name, "--target", target]
                 call(5, "--run", folder, "--seed", seed, *options)
 
-        target = new["events"][new["offsets"][1:] - 1].long()           # (U,)
-        looks_for_unseen = held[target]                                 # (U,)
+        to_be_found = new["events"][new["offsets"][1:] - 1].long()      # (U,)
+        looks_for_unseen = held[to_be_found]                            # (U,)
         for name in TARGETS:
             top = load(folder / f"predictions-{name}-s{seed}.pt")["test"]  # (U, top)
             hit = hits(top, new)                                        # (U,)
