@@ -427,18 +427,11 @@ def complete_but_not_named(one, host, tmp):
     return Row("killed when all had come, before it got its name", *judge(ended))
 
 
-def pictures_with_faults(one, host, private, tmp):
-    """A catalogue whose pictures meet each fault, or are said to lie where none must be fetched. -> Row"""
-    # Address -> does the picture come? None: it was cut short, and shows its upper part or is lost.
-    comes = {}
-    for fault, words in NETWORK.items():
-        comes[f"{host.url}/{fault}/x.jpg"] = words is None
-    comes[f"{host.url}/short/x.jpg"] = None
-    comes[f"{host.url}/nolength/x.jpg"] = None
-
+def forbidden_addresses(host, private):
+    """What a data file may say of where a picture lies, and nothing must be fetched. -> list of str"""
     here = f"127.0.0.1:{private.port}"
     trusted = host.url.removeprefix("http://")
-    for address in (
+    return [
         # This machine and its network, under their various names.
         f"http://{here}/ok/x.jpg",
         f"http://localhost:{private.port}/ok/x.jpg",
@@ -465,7 +458,19 @@ def pictures_with_faults(one, host, private, tmp):
         "//127.0.0.1/x.jpg",
         "http://" + "a" * 5000,
         "http://a\u0000b/x.jpg",
-    ):
+    ]
+
+
+def pictures_with_faults(one, host, private, tmp):
+    """A catalogue whose pictures meet each fault, or are said to lie where none must be fetched. -> Row"""
+    # Address -> does the picture come? None: it was cut short, and shows its upper part or is lost.
+    comes = {}
+    for fault, words in NETWORK.items():
+        comes[f"{host.url}/{fault}/x.jpg"] = words is None
+    comes[f"{host.url}/short/x.jpg"] = None
+    comes[f"{host.url}/nolength/x.jpg"] = None
+
+    for address in forbidden_addresses(host, private):
         comes[address] = False
 
     items = []
