@@ -1076,10 +1076,13 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+        except OSError as error:  # a full disk, a folder that is read-only
             fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+        except RuntimeError:  # torch's word for a full disk
+            fail(f"{path} cannot be written to its end: make room, or choose another --run.")
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def resume(run, name, args, **parts):

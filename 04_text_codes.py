@@ -323,7 +323,7 @@ def whiten(x):
     right = right.flip(1)[:, :WHITENED]                             # (width, d)
 
     # Directions of almost no variance may be rounding errors: to blow them up would add noise.
-    square = covariance.trace() + mean.square().sum()               # (), about E ||x_i||^2
+    square = covariance.trace() + mean.square().sum()               # (), about ||x_i||^2
     least = max(1e-8 * variance[0], 1e-12 * square)                 # ()
     keep = variance > least                                         # (d,)
     if not keep.any():  # one item, or all vectors equal
@@ -751,10 +751,13 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+        except OSError as error:  # a full disk, a folder that is read-only
             fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+        except RuntimeError:  # torch's word for a full disk
+            fail(f"{path} cannot be written to its end: make room, or choose another --run.")
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1029,7 +1029,10 @@ def show_recommendations(run, args):
     data = run.load("data.pt", "01_data.py")
     trained = argparse.Namespace(**saved["options"])
     trained.device = args.device  # it may have been trained elsewhere
-    model, trie = build(read_codes(run, data, trained), trained)
+    sources = read_codes(run, data, trained)
+    # Once more, now that the codes are read: made from others than these, it is refused.
+    saved = run.load(f"generator-{args.name}.pt", "this script without --history")
+    model, trie = build(sources, trained)
     model.load_state_dict(saved["weights"])
     model.eval()
 
@@ -1192,10 +1195,13 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except (OSError, RuntimeError) as error:  # a full disk, a folder that is read-only
+        except OSError as error:  # a full disk, a folder that is read-only
             fail(f"{path} cannot be written ({error}): make room, or choose another --run.")
+        except RuntimeError:  # torch's word for a full disk
+            fail(f"{path} cannot be written to its end: make room, or choose another --run.")
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def resume(run, name, args, **parts):

@@ -1106,7 +1106,7 @@ def on_a_full_disk(number, disk, run):
         inputs = ["data.pt"]
         shutil.copy(run / "data.pt", disk)
     ended = start(number, "--run", disk, *options)
-    happened, right = judge(ended, "No space left|cannot be written .* make room")
+    happened, right = judge(ended, "No space left|cannot be written .*make room")
 
     # What was finished before may stay, but nothing half-written, and not what is written last.
     left = sorted(path.name for path in disk.iterdir() if path.name not in inputs)

@@ -84,6 +84,32 @@ def test_files_that_do_not_belong_together_are_refused(smoke, tmp_path):
     assert "images.pt" in process.stderr and not (run / "dino.pt").exists()
 
 
+def test_a_generator_whose_codes_were_made_again_recommends_nothing(smoke, tmp_path):
+    """Codes of another seed under weights that learned the old ones: wrong items, if nobody noticed."""
+    run = inputs(smoke, tmp_path / "run", links=False)
+    shutil.copy(smoke[0] / "generator-mscgrec.pt", run)
+    item = torch.load(run / "data.pt", weights_only=True)["item_ids"][3]
+    assert run_script(5, "--run", run, "--history", item).returncode == 0
+    assert run_script(4, "--run", run, "--seed", 1).returncode == 0
+    process = run_script(5, "--run", run, "--history", item)
+    assert process.returncode == 2 and "made from another" in process.stderr and "text_codes.pt" in process.stderr
+
+
+def test_a_folder_that_takes_no_file_is_one_sentence(scripts, tmp_path, monkeypatch, capsys):
+    """A read-only file system refuses to open the partial file, and to delete it as well."""
+    run = scripts[6].Run(tmp_path)
+
+    def refuse(*given, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(scripts[6].Path, "unlink", refuse)
+    monkeypatch.setattr(scripts[6].os, "fsync", refuse)
+    with pytest.raises(SystemExit) as stop:
+        run.save({"x": 1}, "x.pt")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "x.pt cannot be written" in said
+
+
 class Bomb:
     def __reduce__(self):
         return os.system, ("touch harmed",)
