@@ -35,10 +35,12 @@ On the toy shop: 3 seconds, 0.3 GiB (2 cores of an AMD EPYC).
 """
 import argparse
 import array
+import ast
 import collections
 import colorsys
 import contextlib
 import csv
+import datetime
 import gzip
 import hashlib
 import io
@@ -53,6 +55,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 from multiprocessing.pool import ThreadPool
@@ -385,8 +388,11 @@ def drawn_users(user, args, rng):
 
     -> bool (events,)
     """
-    enough = np.bincount(user) >= max(args.k_core, MIN_EVENTS)  # (n,)
+    lengths = np.bincount(user)                                 # (n,)
+    enough = lengths >= max(args.k_core, MIN_EVENTS)            # (n,)
     drawn = rng.permutation(np.flatnonzero(enough))             # (users,)
+    if args.smoke:  # those with the most events, so that few users leave something
+        drawn = drawn[np.argsort(-lengths[drawn], kind="stable")]   # (users,)
     return np.isin(user, drawn[:args.max_users or len(drawn)])
 
 
@@ -469,6 +475,8 @@ def options(argv):
     add("--dataset", default="toy", help="toy, a folder, or a category of Amazon Reviews 2023")
     add("--cache", type=Path, default=Path("~/.cache/mscgrec"), help="folder for downloads")
     add("--base-url", nargs="+", default=HOSTS, help="hosts or mirrors, tried one after another")
+    add("--fetch-images", action="store_true",
+        help="of a folder whose pictures are URLs: fetch them into its images/")
     add("--k-core", type=int, default=5, help="least events of a user and of an item")
     add("--max-events", type=int, default=0, help="keep a user's last ones only (0: all)")
     add("--max-items", type=int, default=0,
@@ -479,9 +487,12 @@ def options(argv):
     add("--image-size", type=int, default=0, help="S (0: 32 for toy, 64 for others)")
     add("--seed", type=int, default=0, help="of the toy shop, of ties, of --max-users")
     add("--device", default="auto", help="as in the other scripts; this one needs the CPU only")
-    add("--smoke", action="store_true", help="60 items, 200 users")
-    if parser.parse_args(argv).smoke:
+    add("--smoke", action="store_true", help="60 items, 200 users; of a folder the busiest ones")
+    first = parser.parse_args(argv)
+    if first.smoke:
         parser.set_defaults(max_items=60, max_users=200)
+        if first.dataset != "toy":  # 60 items are a small part of most shops
+            parser.set_defaults(k_core=1)
     args = parser.parse_args(argv)
 
     for name, (least, most) in RANGES.items():
@@ -536,7 +547,10 @@ def open_source(args, run, counts):
         return toy_shop(n, U, args.image_size, args.seed)
     folder = Path(args.dataset).expanduser()
     if folder.is_dir():
-        return open_folder(folder, run, counts)
+        source = open_folder(folder, run, counts)
+        if args.fetch_images:
+            return fetch_pictures(source, folder, open_session([]))
+        return source
     if re.fullmatch(r"[A-Z][A-Za-z_]+", args.dataset):
         return open_category(args, run, counts)
     fail(f"{args.dataset} is neither toy, nor a folder here, nor an Amazon category.")
@@ -594,19 +608,34 @@ def draw_sheet(run, data, images):
         page.save(file, "PNG")
 
 
+WHAT_TO_DO = {  # about what is lost
+    "malformed line": "a quote, bracket or separator is missing or too many",
+    "no user": "the column of users is empty, or holds no id",
+    "no item": "the column of items is empty, or holds no id",
+    "bad time": "neither a number from 0 nor a date as 2020-09-13 12:26:40",
+    "not in the catalogue": "no title and no text: are ids written alike?",
+    "picture is a URL, not fetched": "--fetch-images fetches them into the folder",
+}
+
+
 def print_summary(data):
     """What was read and dropped, how large the shop is, and what every model has to beat."""
     for reason, number in data["meta"]["counts"].items():
-        print(f"{reason:52}{number:12,}")
+        advice = WHAT_TO_DO.get(reason.split(": ")[-1], "")
+        print(f"{reason:52}{number:12,}  {advice if number else ''}".rstrip())
     U = len(data["user_ids"])
     N = len(data["item_ids"]) - 1
     events = len(data["events"])
     with_picture = data["has_image"].sum().item() / N
-    with_text = sum(1 for text in data["texts"] if text) / N
+    with_title = np.count_nonzero(data["titles"]) / N
+    with_text = np.count_nonzero(data["texts"]) / N
+    fields = zip(data["titles"], data["texts"], map("".join, data["categories"]))
+    with_words = sum(re.search(r"\w", "".join(field)) is not None for field in fields) / N
     # Density: the share of all pairs of user and item that are events.
     print(f"\nU {U:,} users, N {N:,} items, {events:,} events: {events / U:.1f} a user, "
-          f"{events / N:.1f} an item, density {events / U / N:.3%}; items with a picture "
-          f"{with_picture:.1%}, a text {with_text:.1%}")
+          f"{events / N:.1f} an item, density {events / U / N:.3%}")
+    print(f"items with a picture, for 03: {with_picture:.1%}; with words, for 04: {with_words:.1%} "
+          f"(a title {with_title:.1%}, a text {with_text:.1%})")
 
     train_counts = data["train_counts"].numpy()                 # (N+1,)
     popular = most_bought(train_counts)                         # (N,)
@@ -621,58 +650,136 @@ def print_summary(data):
 
 
 # --- Reading what people have ---------------------------------------------------------------------
-# A door turns one layout into four things, and nothing else below knows of the source:
+# A door turns one source into four things, and nothing else below knows of the source:
 #
 #     events         yields (user id, item id, time), in the order of the file
 #     items          yields dicts: item_id, and of title, text, categories, picture what is known
 #     open_picture   (item id, picture) -> an opened image, or None; it may fail in any way
 #     truth          {}, as nobody knows the truth of a real shop
 #
+# All folders come through one door. Whoever made them, they hold tables: rows of named columns. The
+# table with users, items and times is the log; one with items and titles is the catalogue.
+#
 # A door hands on what it finds. What of it can be used is decided once, in read_events,
 # read_catalogue and write_images.
 
-ITEM_ID = ("parent_asin", "asin", "item_id")  # what tables call it; the first that a row has counts
+COLUMNS = {  # field: what tables call it. Where a row has several, the first that is not empty
+    "user": "user_id user reviewer_id uid customer_id visitor_id",
+    "item": "parent_asin asin item_id item movie_id product_id business_id book_id video_id",
+    "time": "timestamp unix_review_time time event_time datetime date",
+    "title": "title movie_title item_title product_title product_name item_name name",
+    "text": "features feature description text overview abstract",  # not the first: all of them
+    "categories": "categories category genres genre main_category main_cat tag class",
+    "picture": "images image_url_high_res image_url im_url image",
+}
+EVENT = ("user", "item", "time")  # the fields without which there is no event
+GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
+          "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
+HEADERLESS = {  # the tables of MovieLens 1M and 100K: what is between columns, and their names
+    "ratings.dat": ("::", ["user_id", "item_id", "rating", "timestamp"]),
+    "movies.dat": ("::", ["item_id", "title", "genres"]),
+    "u.data": ("\t", ["user_id", "item_id", "rating", "timestamp"]),
+    "u.item": ("|", ["item_id", "title", "released", "video", "url", *GENRES]),
+}
+JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
+CSV_ENDINGS = (".csv", ".tsv", ".inter", ".item")
+UNQUOTED = (".inter", ".item", ".dat", ".data")  # a quotation mark is a letter as any other
+FOREIGN_ENDINGS = (".parquet", ".xlsx", ".xls", ".zip")  # looked for, to say what can be done
+FIRST_LINES = 1000             # what is looked at before a table is chosen
 LONGEST_LINE = 1 << 24         # characters; no file is trusted
-LAST_TIME = 4_102_444_800_000  # the year 2100 in milliseconds; seconds and ranks are less
+LONGEST_DICT = 200_000         # characters of a line that is no JSON, but a dict of Python
+LAST_TIME = 4_102_444_800_000_000_000  # the year 2100 in nanoseconds; in other units it is less
+
+# path; names of the columns; columns: {field: those of the names that mean it}; problem: why it
+# cannot be read, or ""
+Table = collections.namedtuple("Table", "path names columns problem")
 
 
 def open_folder(folder, run, counts):
-    """The door for two tables in the columns of Amazon Reviews 2023 or of PixelRec."""
-    tables = []
-    for pattern in ("*.jsonl", "*.jsonl.gz", "*.csv", "*/*.csv"):
-        tables += sorted(folder.glob(pattern))
-    logs = [path for path in tables if has_users(path)]
-    if len(tables) != 2 or len(logs) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in tables)
-        fail(f"{folder} needs two tables, .jsonl, .jsonl.gz or .csv: one of events (with user_id) "
-             f"and one of items. Found: {names or 'none'}; with user_id: {len(logs)}.")
-    log = logs[0]
-    tables.remove(log)
-    catalogue = tables[0]
+    """The door for a folder with a table of events and, mostly, one of items."""
+    tables = [look_at(path) for path in find_tables(folder)]
+    log = choose_log(folder, tables)
+    catalogue = choose_catalogue(folder, tables, log)
+    say_what_is_read(folder, log, catalogue, tables)
 
     # data.pt remembers which files it was made of.
-    for path in (log, catalogue):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        run.made_from[str(path.relative_to(folder))] = digest
+    for table in (log, catalogue):
+        if table is not None:
+            with open(table.path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            run.made_from[str(table.path.relative_to(folder))] = digest
+    return events_of(log, counts), items_of(catalogue, counts), picture_finder(folder), {}
 
-    def events():
-        for row in read_table(log, counts):
-            yield row.get("user_id"), item_id_of(row), row.get("timestamp")
 
-    def items():
-        for row in read_table(catalogue, counts):
-            yield {
-                "item_id": item_id_of(row),
-                "title": row.get("title"),
-                "text": [row.get("features"), row.get("description")],
-                "categories": row.get("categories") or row.get("main_category") or row.get("tag"),
-                "picture": addresses(row.get("images")),
-            }
+def events_of(log, counts):
+    """Yields (user id, item id, time), as the rows of the log have them."""
+    for row in read_table(log.path, counts):
+        yield tuple(first_filled(row, log.columns[field]) for field in EVENT)
+
+
+def items_of(catalogue, counts):
+    """Yields what the rows of the catalogue say of an item, as dicts of the fields."""
+    if catalogue is None:
+        return
+    columns = collections.defaultdict(list, catalogue.columns)
+    for row in read_table(catalogue.path, counts):
+        yield {
+            "item_id": first_filled(row, columns["item"]),
+            "title": first_filled(row, columns["title"]),
+            "text": [row.get(name) for name in columns["text"]],
+            "categories": categories_of(row, columns["categories"]),
+            "picture": addresses(first_filled(row, columns["picture"])),
+        }
+
+
+def first_filled(row, names):
+    """Amazon's parent_asin may be null: then its asin says the item. -> a value, or None"""
+    for name in names:
+        if row.get(name) not in (None, "", []):
+            return row[name]
+    return None
+
+
+def categories_of(row, names):
+    """MovieLens writes Comedy|Drama, or has a column of 0 and 1 for each genre. -> any value"""
+    value = first_filled(row, names)
+    if isinstance(value, str):
+        return value.split("|")
+    if value is None:
+        return [genre for genre in GENRES if row.get(genre) == "1"]
+    return value
+
+
+def addresses(images):
+    """The pictures of an item, the likeliest first. -> list of addresses or paths
+
+    images: an address, a list of addresses, or as in Amazon Reviews 2023 a list of
+    {"variant": "MAIN", "large": .., "hi_res": .., "thumb": ..}
+    """
+    if not isinstance(images, list):
+        return [images]
+    first = []
+    others = []
+    for image in images:
+        if not isinstance(image, dict):
+            others.append(image)
+            continue
+        found = first if image.get("variant") == "MAIN" else others
+        found += [image.get("large"), image.get("hi_res"), image.get("thumb")]
+    return first + others
+
+
+def picture_finder(folder):
+    """-> open_picture for pictures that lie in a folder: where the catalogue says, or by item id"""
+    places = []
+    for path in sorted(folder.iterdir(), reverse=True):  # reverse: images before cover
+        if path.is_dir() and path.name.lower().endswith(("images", "cover", "covers")):
+            places.append(path.name)
 
     def open_picture(item_id, picture):
-        # The first is where open_category puts what it fetches.
-        names = [cached_name(item_id), picture, f"images/{item_id}.jpg", f"cover/{item_id}.jpg"]
+        names = [cached_name(item_id), picture]  # the first is where fetched ones are put
+        for place in places:
+            names += [f"{place}/{item_id}{ending}" for ending in PICTURE_ENDINGS]
         for name in names:
             # Joined as texts, as Path(folder) / "/etc/x" leaves the folder; ".." would, too.
             path = f"{folder}/{name}"
@@ -680,84 +787,293 @@ def open_folder(folder, run, counts):
                 return Image.open(path, formats=FORMATS)
         return None
 
-    return events(), items(), open_picture, {}
+    return open_picture
 
 
-def has_users(path):
-    """Is it the table of events? PixelRec's two have one name, but only events name a user."""
-    first = itertools.islice(read_table(path, collections.Counter()), 20)
-    return any("user_id" in row for row in first)
+# --- Reading what people have: which tables there are, and which of them is what ------------------
+
+FIRST_BYTES = {  # of a file that is no table: what it is, and the Python that makes a table of it
+    b"PAR1": "is Parquet: import pandas; "
+             "pandas.read_parquet('{name}').to_csv('{name}.csv', index=False)",
+    b"PK\3\4": "is Excel (or a zip: unpack it): import pandas; "
+               "pandas.read_excel('{name}', dtype=str).to_csv('{name}.csv', index=False)",
+    b"\xd0\xcf\x11\xe0": "is Excel: import pandas; "
+                         "pandas.read_excel('{name}', dtype=str).to_csv('{name}.csv', index=False)",
+    b"\xff\xfe": "is UTF-16: text = open('{name}', encoding='utf-16').read(); "
+                 "open('{name}', 'w', encoding='utf-8').write(text)",
+    b"\xfe\xff": "is UTF-16: text = open('{name}', encoding='utf-16').read(); "
+                 "open('{name}', 'w', encoding='utf-8').write(text)",
+}
+NO_OBJECTS = (
+    "has no JSON object a line, it may be a JSON array: import json; "
+    "text = open('{name}').read(); rows = json.loads('[' + text.strip('[], \\n') + ']'); "
+    "open('lines-{name}', 'w').writelines(json.dumps(row) + '\\n' for row in rows)")
+NO_HEADER = (
+    "has no header, its first line is {columns}: text = open('{name}').read(); "
+    "open('{name}', 'w').write('user_id,item_id,timestamp\\n' + text), or as its columns are")
 
 
-def item_id_of(row):
-    """The first of the names that the row has. -> str or int; None, or anything, in a bad row"""
-    for name in ITEM_ID:
-        if name in row:
-            return row[name]
+def find_tables(folder):
+    """The files that may be tables, in the folder and in the folders in it. -> list of Path"""
+    places = [folder]
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not is_debris(path):
+            places.append(path)
+    found = []
+    for place in places:
+        for path in place.iterdir():
+            known = ending(path) in JSON_ENDINGS + CSV_ENDINGS + FOREIGN_ENDINGS
+            if (known or unpacked_name(path) in HEADERLESS) and not is_debris(path):
+                found.append(path)
+    # `gunzip -k` leaves x.csv beside x.csv.gz.
+    twice = {path.with_name(path.name + ".gz") for path in found}
+    return sorted(path for path in found if path not in twice and path.is_file())
+
+
+def is_debris(path):
+    """Hidden files, as ._x of a Mac and .ipynb_checkpoints, and what a Mac puts into archives."""
+    return path.name.startswith((".", "__MACOSX"))
+
+
+def unpacked_name(path):
+    return path.name.lower().removesuffix(".gz")
+
+
+def ending(path):
+    return Path(unpacked_name(path)).suffix
+
+
+def look_at(path):
+    """Reads the first lines of a file that may be a table. -> Table"""
+    with unpacked(path) as (_, file):
+        head = file.read(4)
+    for first_bytes, problem in FIRST_BYTES.items():
+        if head.startswith(first_bytes):
+            return Table(path, [], {}, problem.format(name=path.name.removesuffix(".gz")))
+
+    lost = collections.Counter()
+    names = {}  # a dict, as a set would forget their order
+    for row in read_table(path, lost, FIRST_LINES):
+        names.update(dict.fromkeys(row))
+    columns = columns_of(names)
+    problem = ""
+    if lost and not names and head.strip():
+        problem = NO_OBJECTS if ending(path) in JSON_ENDINGS else "has no row that fits its header"
+    elif names and not columns and any(name.isdigit() for name in names):
+        problem = NO_HEADER
+    problem = problem.format(name=path.name.removesuffix(".gz"), columns=listed(names))
+    return Table(path, list(names), columns, problem)
+
+
+def columns_of(names):
+    """Which columns mean which field. -> {field: names, the preferred one first}"""
+    names_of = collections.defaultdict(list)
+    for name in names:
+        names_of[folded(name)].append(name)
+    columns = {}
+    for field, synonyms in COLUMNS.items():
+        found = []
+        for synonym in synonyms.split():
+            found += names_of.get(folded(synonym), [])
+        if found:
+            columns[field] = found
+    return columns
+
+
+def folded(name):
+    """userid, for User_ID, userId, " user id" and RecBole's user_id:token."""
+    return re.sub(r"[\W_]", "", name.split(":")[0]).lower()
+
+
+def choose_log(folder, tables):
+    """The table of events. Ends the script where there is none."""
+    logs = [table for table in tables if holds_events(table)]
+    if logs:
+        log = largest(folder, logs, "events")
+        check_times(log)
+        return log
+    lacking = EVENT  # what the nearest table lacks
+    for table in tables:
+        lacks = [field for field in EVENT if field not in table.columns]
+        lacking = min(lacking, lacks, key=len)
+    needed = []
+    for field in lacking:
+        needed.append(f"{field} ({', '.join(COLUMNS[field].split())})")
+    fail(f"{folder} has no table of events; missing in the nearest: {'; '.join(needed)}. "
+         f"Found: {found_tables(folder, tables)}.")
+
+
+def choose_catalogue(folder, tables, log):
+    """The table of items; None where there is none, which is a shop without texts."""
+    others = [table for table in tables if not holds_events(table)]
+    for field in ("title", "text", "categories", "picture"):
+        catalogues = []
+        for table in others:
+            if "item" in table.columns and field in table.columns:
+                catalogues.append(table)
+        if catalogues:
+            return largest(folder, catalogues, "items")
+    unused = [table for table in others if table.problem or "title" in table.columns]
+    if unused:
+        known = ", ".join(COLUMNS["item"].split())
+        fail(f"{folder} has events in {log.path.name}, but no table of items, with their ids "
+             f"({known}). Found: {found_tables(folder, unused)}.")
     return None
 
 
-def addresses(images):
-    """Amazon's pictures of an item, the likeliest first. -> list of addresses or paths
+def holds_events(table):
+    return all(field in table.columns for field in EVENT)
 
-    images: a list of {"variant": "MAIN", "large": .., "hi_res": .., "thumb": ..}
-    """
-    if not isinstance(images, list):
-        return []
-    images = [image for image in images if isinstance(image, dict)]
-    images.sort(key=lambda image: image.get("variant") != "MAIN")  # MAIN first, else as they come
+
+def largest(folder, tables, what):
+    """MovieLens has ratings and, fewer, tags. But parts of one table are not to be lost."""
+    best = max(tables, key=lambda table: table.path.stat().st_size)
+    parts = [table for table in tables if set(table.names) == set(best.names)]
+    if len(parts) > 1:
+        names = listed(table.path.relative_to(folder) for table in parts)
+        fail(f"{folder} has {len(parts)} tables of {what} with the same columns: {names}. "
+             f"Join them into one file, or leave one.")
+    return best
+
+
+def check_times(log):
+    """Ends the script where none of the first rows has a time that is understood."""
+    strange = None
+    for row in read_table(log.path, collections.Counter(), FIRST_LINES):
+        value = first_filled(row, log.columns["time"])
+        if readable_time(value) is not None:
+            return
+        if value is not None:
+            strange = str(value)[:60]
+    if strange is not None:
+        fail(f"{log.path}: column {log.columns['time'][0]} has no time that is understood, but "
+             f"{strange!r}: write seconds since 1970 (or milli-, micro-, nanoseconds, or any "
+             f"numbers from 0 that rise), or 2020-09-13, or 2020-09-13 12:26:40.")
+
+
+def say_what_is_read(folder, log, catalogue, tables):
+    """Nothing is chosen in silence."""
+    print(f"events: {meanings(folder, log, EVENT)}")
+    if catalogue is None:
+        print("items: no table says more of them than their ids")
+    else:
+        fields = [field for field in COLUMNS if field not in ("user", "time")]
+        print(f"items: {meanings(folder, catalogue, fields)}")
+    others = [table for table in tables if table is not log and table is not catalogue]
+    if others:
+        print(f"not read: {listed(table.path.relative_to(folder) for table in others)}")
+
+
+def meanings(folder, table, fields):
+    """-> "ratings.csv, where userId is user, .." """
     found = []
-    for image in images:
-        found += [image.get("large"), image.get("hi_res"), image.get("thumb")]
-    return found
+    for field in fields:
+        if field in table.columns:
+            found.append(f"{' or '.join(table.columns[field])} is {field}")
+    return f"{table.path.relative_to(folder)}, where {listed(found)}"
 
 
-def read_table(path, counts):
-    """Yields the rows of a .jsonl, .jsonl.gz or .csv as dicts; counts lines that are no row."""
-    # utf-8-sig: a mark that some programs put in front is no text. surrogateescape: what is not
-    # UTF-8 is carried along; an id that holds it is refused, as it cannot be printed.
-    size = path.stat().st_size
-    # disable=None: no bar where the output is no terminal.
-    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
+def found_tables(folder, tables):
+    """What there is, for people who look for a mistake."""
+    found = []
+    for table in tables[:9]:
+        name = table.path.relative_to(folder)
+        found.append(f"{name} {table.problem or '(' + listed(table.names) + ')'}")
+    return "; ".join(found) or "no file that ends in " + ", ".join(JSON_ENDINGS + CSV_ENDINGS)
+
+
+def listed(names):
+    """a, b, c; of long lists the beginning, and nothing that a screen obeys."""
+    names = ", ".join(strings([str(name) for name in names])) or "nothing"
+    return textwrap.shorten(names, 300, placeholder=" ...")
+
+
+# --- Reading what people have: the rows of a table ------------------------------------------------
+
+
+@contextlib.contextmanager
+def unpacked(path):
+    """Opens a file, be it gzip or not. -> the file as it lies there, and the file unpacked"""
     try:
-        with open(path, "rb") as raw, bar:
-            file = gzip.open(raw) if path.suffix == ".gz" else raw
-            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-            rows = csv_rows if path.suffix == ".csv" else json_rows
-            for n, row in enumerate(rows(text, path.name, counts)):
-                if n % 1000 == 0:
-                    bar.update(raw.tell() - bar.n)  # how far we are in the file as it lies there
-                yield row
-    except (OSError, EOFError, zlib.error) as error:
+        with open(path, "rb") as raw:
+            is_gzip = raw.peek(2).startswith(b"\x1f\x8b")
+            yield raw, gzip.open(raw) if is_gzip else raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         fail(f"{path} breaks off ({error}): delete it and get it again.")
 
 
-def lines_of(text):
+def read_table(path, counts, most=None):
+    """Yields the rows of a table as dicts; counts lines that are no row. most: of so many lines"""
+    size = path.stat().st_size
+    # disable=None: no bar where the output is no terminal.
+    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
+    with unpacked(path) as (raw, file), bar:
+        # utf-8-sig: a mark that some programs put in front is no text.
+        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        lines = itertools.islice(lines_of(text, path.name, counts), most)
+        rows = json_rows if ending(path) in JSON_ENDINGS else csv_rows
+        for n, row in enumerate(rows(lines, path, counts)):
+            if n % 1000 == 0:
+                bar.update(raw.tell() - bar.n)  # how far we are in the file as it lies there
+            yield row
+
+
+# "surrogateescape" leaves 0xDC00 + byte of a byte that is no UTF-8. Most often such a file is of
+# Windows: Latin-1, and some letters more.
+LATIN_1 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(128, 256)}
+
+
+def lines_of(text, name, counts):
     """The lines of a file; one that never ends comes in pieces."""
     while line := text.readline(LONGEST_LINE):
+        if not line.isascii():
+            letters = line.translate(LATIN_1)
+            if letters != line:
+                counts[f"not UTF-8, read as Latin-1: lines of {name}"] += 1
+            line = letters
         yield line
 
 
-def json_rows(text, name, counts):
+def json_rows(lines, path, counts):
     """One JSON object a line."""
-    for line in lines_of(text):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+    for line in lines:
+        row = json_value(line)
         if isinstance(row, dict):
             yield row
         else:
-            counts[f"{name}: malformed line"] += 1
+            counts[f"{path.name}: malformed line"] += 1
 
 
-def csv_rows(text, name, counts):
+def json_value(line):
+    """Amazon's catalogue of 2014 has dicts of Python, {'asin': ..}. -> a value; None if neither"""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(line)
+    if line.startswith("{'") and len(line) < LONGEST_DICT:
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(line)
+    return None
+
+
+def csv_rows(lines, path, counts):
     """A header, then rows: one line each, or more where a quoted text has line breaks."""
     csv.field_size_limit(LONGEST_LINE)
-    table = csv.DictReader(lines_of(text), strict=True)
+    if unpacked_name(path) in HEADERLESS:
+        separator, header = HEADERLESS[unpacked_name(path)]
+    else:
+        first = next((line for line in lines if line.strip()), "")
+        separator = max(",;\t", key=first.count)
+        header = None
+        lines = itertools.chain([first], lines)
+    if len(separator) > 1:  # the csv module wants one character: this one is for nothing else
+        lines = (line.replace("::", "\x1f") for line in lines)
+        separator = "\x1f"
+    quoting = csv.QUOTE_NONE if ending(path) in UNQUOTED else csv.QUOTE_MINIMAL
+    table = csv.DictReader(lines, header, delimiter=separator, quoting=quoting, strict=True,
+                           skipinitialspace=True)
+    header_lines = 0 if header else 1
     while True:
         # Lines read so far; the first call of next() reads the header too.
-        begin = max(1, table.reader.line_num)
+        begin = max(header_lines, table.reader.line_num)
         try:
             row = next(table)
         except StopIteration:
@@ -767,7 +1083,7 @@ def csv_rows(text, name, counts):
         # A quote that is never closed swallows lines. What is beyond the columns is under None.
         # Blank lines before a malformed row are counted with it.
         if row is None or None in row:
-            counts[f"{name}: malformed line"] += table.reader.line_num - begin
+            counts[f"{path.name}: malformed line"] += table.reader.line_num - begin
         else:
             yield row
 
@@ -806,9 +1122,9 @@ def read_events(source, counts):
 
 def number_of(value, numbers):
     """The number of an id, a new one where it is new; None for what can be no id."""
-    if type(value) not in (str, int):  # isinstance would let True pass, which is an int
+    name = id_of(value)
+    if name is None:
         return None
-    name = str(value)
     if name not in numbers:
         if not 0 < len(name) < 256 or not name.isprintable():
             return None
@@ -816,15 +1132,37 @@ def number_of(value, numbers):
     return numbers[name]
 
 
+def id_of(value):
+    """A text, or a whole number. -> str; None for what can be no id"""
+    if type(value) is float and value.is_integer():
+        value = int(value)  # a column of numbers with gaps in it is floats to pandas
+    if type(value) not in (str, int):  # isinstance would let True pass, which is an int
+        return None
+    return str(value)
+
+
 def readable_time(value):
-    """Seconds, milliseconds, or any number that rises. -> float, or None"""
+    """A number that rises, in any unit (20200913122640, too), or a date. -> float, or None"""
+    # Only the order counts. So numbers stay as they are: were seconds told from milliseconds by
+    # size, a log that counts from 0 would change its unit in the middle.
     try:
         when = float(value)
     except (TypeError, ValueError, OverflowError):
-        return None
+        return seconds_of_date(value)
     if 0 <= when < LAST_TIME:  # not so for "nan", which is a float
         return when
     return None
+
+
+def seconds_of_date(value):
+    """2020-09-13, 2020-09-13 12:26:40, 2020-09-13T12:26:40+02:00. -> float, or None"""
+    try:
+        date = datetime.datetime.fromisoformat(value.strip().removesuffix(" UTC"))
+    except (AttributeError, ValueError):
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=datetime.timezone.utc)  # not local: an hour would come twice
+    return date.timestamp()
 
 
 def read_catalogue(source, item_ids, counts):
@@ -838,12 +1176,14 @@ def read_catalogue(source, item_ids, counts):
     texts = [""] * rows
     categories = [[] for _ in range(rows)]
     pictures = [""] * rows
+    strangers = []  # some ids of lines that find no item
     for item in source:
-        i = None
-        if item["item_id"] is not None:
-            i = row_of.pop(str(item["item_id"]), None)  # so that a second line finds none
+        item_id = id_of(item["item_id"])
+        i = row_of.pop(item_id, None)  # so that a second line finds none
         if i is None:
             counts["catalogue: line of an item not kept, or its second"] += 1
+            if item_id is not None and len(strangers) < 3:
+                strangers.append(item_id[:40])
             continue
         titles[i] = " ".join(strings(item.get("title")))[:500]
         texts[i] = " ".join(strings(item.get("text")))[:2000]
@@ -852,7 +1192,24 @@ def read_catalogue(source, item_ids, counts):
         if candidates:  # the likeliest that is there; the others are not tried
             pictures[i] = candidates[0]
     counts["items: not in the catalogue"] = len(row_of)
+    compare_ids(list(row_of), strangers, len(item_ids))
     return titles, texts, categories, pictures
+
+
+def compare_ids(missing, strangers, N):
+    """Stops where the catalogue is of other items, or writes their ids in another way.
+
+    missing: ids of events that have no line, strangers: ids of lines that no event has
+    """
+    if len(missing) <= N / 2 or not strangers:
+        return
+    found = N - len(missing)
+    examples = (f"events have the items {listed(missing[:3])}; lines of the catalogue are of "
+                f"{listed(strangers)}")
+    if found == 0:
+        fail(f"No line of the catalogue fits an event: {examples}. Write the ids alike in both, "
+             f"not 1.0 and 1, not 0012 and 12; or take the catalogue out, which leaves no titles.")
+    print(f"Only {found:,} of {N:,} items are in the catalogue: {examples}.")
 
 
 def strings(value, depth=4):
@@ -882,8 +1239,16 @@ FETCHERS = 32  # pictures that are fetched at once: each waits for its host
 DECODERS = 4   # pictures that are decoded at once: a large one takes 200 MB, and what a thread has
 #                had of memory it keeps, so that these are threads of their own
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # Pillow would run a program for PostScript
-Image.MAX_IMAGE_PIXELS = 12_500_000  # Pillow warns above this, and refuses above twice as many: a
-#                                      small file can unpack to fill the memory
+PICTURE_ENDINGS = []
+for word in ("jpg", "jpeg", "png", "webp"):
+    PICTURE_ENDINGS += [f".{word}", f".{word.upper()}", f".{word.title()}"]
+
+# A small file can unpack to fill the memory. Pillow refuses to open what has more than twice
+# MAX_IMAGE_PIXELS, and warns of half of that; a phone's photos have 48 or 50 million. What is to be
+# decoded must be smaller: a JPEG that large is, as it is decoded at 1/8 of its size.
+Image.MAX_IMAGE_PIXELS = 32_000_000
+MOST_PIXELS = 25_000_000  # decoded
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def write_images(run, item_ids, pictures, open_picture, args, counts):
@@ -898,6 +1263,8 @@ def write_images(run, item_ids, pictures, open_picture, args, counts):
         """-> what became of item i's picture, and its pixels"""
         try:
             image = open_picture(item_ids[i - 1], pictures[i])
+            if image is None and is_url(pictures[i]):
+                return "picture is a URL, not fetched", blank
             if image is None:
                 return "no picture", blank
             return "picture", decoders.apply(squeeze, [image, S])
@@ -924,12 +1291,21 @@ def write_images(run, item_ids, pictures, open_picture, args, counts):
     return images, torch.tensor(has_image)                      # (N+1,)
 
 
+def is_url(picture):
+    return picture.startswith(("http://", "https://"))
+
+
 def squeeze(image, S):
     """An opened image of any size and kind. -> the bytes of uint8 (3, S, S)"""
     image.draft("RGB", (2 * S, 2 * S))  # a JPEG decodes at 1/2, 1/4 or 1/8 of its size for less
+    if image.width * image.height > MOST_PIXELS:
+        raise Image.DecompressionBombError
     if image.mode.startswith("I"):  # 16 bits: Pillow would make white of all above 255
         image = image.point(lambda value: value * (1 / 256)).convert("L")
-    ImageOps.exif_transpose(image, in_place=True)  # turned as the camera was; no second copy
+    # Turned as the camera was; in place, without a second copy. What a camera or an editor wrote
+    # of this may be broken (a fraction x/0): then the picture is taken as it is.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
     image = image.convert("RGBA").resize((S, S), Image.LANCZOS)
     white = Image.new("RGBA", (S, S), "white")
     image = Image.alpha_composite(white, image)  # what is transparent becomes white
@@ -959,21 +1335,28 @@ LARGEST_PICTURE = 50 << 20
 def open_category(args, run, counts):
     """The door for a category: two files into the cache, then as any folder."""
     folder = args.cache.expanduser() / args.dataset
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     session = open_session(args.base_url)
     for name, place in (("reviews", "review_categories/"), ("meta", "meta_categories/meta_")):
         path = folder / f"{name}.jsonl.gz"
         if not path.exists():
             urls = [f"{url.rstrip('/')}/{place}{args.dataset}.jsonl.gz" for url in args.base_url]
             download_from_any(session, urls, path)
-    events, items, open_cached, truth = open_folder(folder, run, counts)
+    return fetch_pictures(open_folder(folder, run, counts), folder, session)
+
+
+def fetch_pictures(source, folder, session):
+    """What a door gives, but a picture that is not there is fetched from its address."""
+    events, items, open_cached, truth = source
+    (folder / "images").mkdir(exist_ok=True)
 
     def open_picture(item_id, address):
-        path = folder / cached_name(item_id)
-        if address and not path.exists():
+        image = open_cached(item_id, address)
+        if image is None and address:
             check_address(address)
-            download(session, address, path, picture=True)
-        return open_cached(item_id, address)
+            download(session, address, folder / cached_name(item_id), picture=True)
+            image = open_cached(item_id, address)
+        return image
 
     return events, items, open_picture, truth
 

@@ -580,8 +580,8 @@ def records(tmp):
             "categories": ["c" * 1_000_000] * 3,
         })
     endless = [b'{"title": "' + b"x" * LONG_LINE + b'"}']
-    items = [line.replace(b'"user_id"', b'"user"') for line in lines]
-    items_large = [{**item, "user": item["user_id"]} for item in large]
+    items = [line.replace(b'"user_id"', b'"writer"') for line in lines]
+    items_large = [{**item, "writer": item["user_id"]} for item in large]
     for item in items_large:
         del item["user_id"]
     folder = shop(tmp / "fuzz", lines + dense(30, 30) + large + endless, items_large + endless + items)

@@ -403,11 +403,12 @@ def test_every_line_of_a_csv_is_read_or_counted(tmp_path):
     assert all(items == sorted(items, reverse=True) for items in histories(data).values())
 
 
-def test_a_folder_without_events_is_refused_with_the_names_of_its_tables(tmp_path):
+def test_a_folder_without_events_is_refused_with_its_tables_and_their_columns(tmp_path):
     folder = shop(tmp_path / "shop", [])
-    (folder / "more.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
+    (folder / "more.csv").write_text("user_id,item_id,when\nu,i,1\n")
     said = one_sentence(run(tmp_path / "run", "--dataset", folder, ok=False))
-    assert str(folder) in said and "meta.jsonl, reviews.jsonl, more.csv" in said
+    assert str(folder) in said and "missing in the nearest: time (timestamp, " in said
+    assert "meta.jsonl (nothing); more.csv (user_id, item_id, when); reviews.jsonl (nothing)" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -468,7 +469,7 @@ def test_a_sheet_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
 
 
 def test_two_runs_in_one_process_know_nothing_of_each_other(tmp_path):
-    folder = shop(tmp_path / "shop", dense(12, 9))
+    folder = shop(tmp_path / "shop", dense(12, 9), [{"parent_asin": "i0", "title": "one"}])
     run(tmp_path / "mine", "--dataset", folder)
     run(tmp_path / "toy", "--smoke")
     run(tmp_path / "again", "--dataset", folder)
@@ -820,7 +821,7 @@ def test_hostile_lines_are_dropped_and_counted(tmp_path):
              for t in (-1, 5 * 10 ** 12, float("nan"), float("inf"), None, [], "noon")]
     folder = faults.shop(tmp_path / "shop", lines + faults.dense(30, 30) + named + times, [
         {"parent_asin": "i0", "title": "T" * 600_000 + "\x1b[31m", "description": [[[[[["deep"]]]]]]},
-        *(line.replace(b'"user_id"', b'"user"') for line in lines)])
+        *(line.replace(b'"user_id"', b'"writer"') for line in lines)])
     run(tmp_path / "run", "--dataset", folder, "--image-size", 8)
     data, _ = read(tmp_path / "run")
     counts = data["meta"]["counts"]
