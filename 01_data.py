@@ -1050,7 +1050,8 @@ def json_value(line):
         return json.loads(line)
     if line.startswith("{'") and len(line) < LONGEST_DICT:
         with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            return ast.literal_eval(line)
+            with warnings.catch_warnings(action="ignore"):  # of a \d that Python would write \\d
+                return ast.literal_eval(line)
     return None
 
 
@@ -1081,11 +1082,14 @@ def csv_rows(lines, path, counts):
         except csv.Error:
             row = None
         # A quote that is never closed swallows lines. What is beyond the columns is under None.
-        # Blank lines before a malformed row are counted with it.
+        # Blank lines before a row are counted with it.
+        lines_of_row = table.reader.line_num - begin
         if row is None or None in row:
-            counts[f"{path.name}: malformed line"] += table.reader.line_num - begin
-        else:
-            yield row
+            counts[f"{path.name}: malformed line"] += lines_of_row
+            continue
+        if lines_of_row > 1:
+            counts[f"{path.name}: line inside a quoted text, or blank"] += lines_of_row - 1
+        yield row
 
 
 def read_events(source, counts):
