@@ -795,7 +795,7 @@ def picture_finder(folder):
 FIRST_BYTES = {  # of a file that is no table: what it is, and the Python that makes a table of it
     b"PAR1": "is Parquet: import pandas; "
              "pandas.read_parquet('{name}').to_csv('{name}.csv', index=False)",
-    b"PK\3\4": "is Excel (or a zip: unpack it): import pandas; "
+    b"PK\3\4": "is Excel: import pandas; "
                "pandas.read_excel('{name}', dtype=str).to_csv('{name}.csv', index=False)",
     b"\xd0\xcf\x11\xe0": "is Excel: import pandas; "
                          "pandas.read_excel('{name}', dtype=str).to_csv('{name}.csv', index=False)",
@@ -808,8 +808,9 @@ NO_OBJECTS = (
     "has no JSON object a line, it may be a JSON array: import json; "
     "text = open('{name}').read(); rows = json.loads('[' + text.strip('[], \\n') + ']'); "
     "open('lines-{name}', 'w').writelines(json.dumps(row) + '\\n' for row in rows)")
+NO_ROWS = "has no row with as many columns as its header: {first}"
 NO_HEADER = (
-    "has no header, its first line is {columns}: text = open('{name}').read(); "
+    "has no header, its first line is {first}: text = open('{name}').read(); "
     "open('{name}', 'w').write('user_id,item_id,timestamp\\n' + text), or as its columns are")
 
 
@@ -825,9 +826,13 @@ def find_tables(folder):
             known = ending(path) in JSON_ENDINGS + CSV_ENDINGS + FOREIGN_ENDINGS
             if (known or unpacked_name(path) in HEADERLESS) and not is_debris(path):
                 found.append(path)
-    # `gunzip -k` leaves x.csv beside x.csv.gz.
+    # `gunzip -k` leaves x.csv beside x.csv.gz; a link may lead to a file that is here already.
     twice = {path.with_name(path.name + ".gz") for path in found}
-    return sorted(path for path in found if path not in twice and path.is_file())
+    files = {}
+    for path in sorted(found, key=lambda path: (len(path.parts), path)):
+        if path not in twice and path.is_file():
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
 
 
 def is_debris(path):
@@ -846,23 +851,31 @@ def ending(path):
 def look_at(path):
     """Reads the first lines of a file that may be a table. -> Table"""
     with unpacked(path) as (_, file):
-        head = file.read(4)
+        head = file.read(200)
+    names = {}  # a dict, as a set would forget their order
+    problem = foreign(path, head)
+    if not problem:
+        lost = collections.Counter()
+        for row in read_table(path, lost, FIRST_LINES):
+            names.update(dict.fromkeys(row))
+        numbers = [name for name in names if name.isdigit()]
+        if lost and not names and head.strip():
+            problem = NO_OBJECTS if ending(path) in JSON_ENDINGS else NO_ROWS
+        elif numbers and not columns_of(names):
+            problem = NO_HEADER
+    first = listed(head.decode("utf-8", "replace").splitlines()[:1])
+    problem = problem.format(name=path.name.removesuffix(".gz"), first=first)
+    return Table(path, list(names), columns_of(names), problem)
+
+
+def foreign(path, head):
+    """What a file is that begins with these bytes, "" if it may be a table."""
+    if ending(path) == ".zip":
+        return "is a zip archive: unpack it"
     for first_bytes, problem in FIRST_BYTES.items():
         if head.startswith(first_bytes):
-            return Table(path, [], {}, problem.format(name=path.name.removesuffix(".gz")))
-
-    lost = collections.Counter()
-    names = {}  # a dict, as a set would forget their order
-    for row in read_table(path, lost, FIRST_LINES):
-        names.update(dict.fromkeys(row))
-    columns = columns_of(names)
-    problem = ""
-    if lost and not names and head.strip():
-        problem = NO_OBJECTS if ending(path) in JSON_ENDINGS else "has no row that fits its header"
-    elif names and not columns and any(name.isdigit() for name in names):
-        problem = NO_HEADER
-    problem = problem.format(name=path.name.removesuffix(".gz"), columns=listed(names))
-    return Table(path, list(names), columns, problem)
+            return problem
+    return ""
 
 
 def columns_of(names):
@@ -896,10 +909,10 @@ def choose_log(folder, tables):
     for table in tables:
         lacks = [field for field in EVENT if field not in table.columns]
         lacking = min(lacking, lacks, key=len)
-    needed = []
-    for field in lacking:
-        needed.append(f"{field} ({', '.join(COLUMNS[field].split())})")
-    fail(f"{folder} has no table of events; missing in the nearest: {'; '.join(needed)}. "
+    needed = "all of user_id, item_id, timestamp"
+    if len(lacking) < len(EVENT):
+        needed = "; ".join(f"{field} ({', '.join(COLUMNS[field].split())})" for field in lacking)
+    fail(f"{folder} has no table of events; the nearest lacks {needed}. "
          f"Found: {found_tables(folder, tables)}.")
 
 
@@ -970,7 +983,8 @@ def meanings(folder, table, fields):
     for field in fields:
         if field in table.columns:
             found.append(f"{' or '.join(table.columns[field])} is {field}")
-    return f"{table.path.relative_to(folder)}, where {listed(found)}"
+    name = table.path.relative_to(folder)
+    return listed([f"{name}, where {listed(found)}"])
 
 
 def found_tables(folder, tables):
@@ -978,13 +992,16 @@ def found_tables(folder, tables):
     found = []
     for table in tables[:9]:
         name = table.path.relative_to(folder)
-        found.append(f"{name} {table.problem or '(' + listed(table.names) + ')'}")
+        columns = listed(table.names) or "no row"
+        found.append(f"{name} {table.problem or f'({columns})'}")
+    if len(tables) > len(found):
+        found.append(f"and {len(tables) - len(found)} more")
     return "; ".join(found) or "no file that ends in " + ", ".join(JSON_ENDINGS + CSV_ENDINGS)
 
 
 def listed(names):
     """a, b, c; of long lists the beginning, and nothing that a screen obeys."""
-    names = ", ".join(strings([str(name) for name in names])) or "nothing"
+    names = ", ".join(strings([str(name) for name in names]))
     return textwrap.shorten(names, 300, placeholder=" ...")
 
 
@@ -1142,7 +1159,7 @@ def id_of(value):
         value = int(value)  # a column of numbers with gaps in it is floats to pandas
     if type(value) not in (str, int):  # isinstance would let True pass, which is an int
         return None
-    return str(value)
+    return str(value).strip()
 
 
 def readable_time(value):

@@ -407,8 +407,8 @@ def test_a_folder_without_events_is_refused_with_its_tables_and_their_columns(tm
     folder = shop(tmp_path / "shop", [])
     (folder / "more.csv").write_text("user_id,item_id,when\nu,i,1\n")
     said = one_sentence(run(tmp_path / "run", "--dataset", folder, ok=False))
-    assert str(folder) in said and "missing in the nearest: time (timestamp, " in said
-    assert "meta.jsonl (nothing); more.csv (user_id, item_id, when); reviews.jsonl (nothing)" in said
+    assert str(folder) in said and "the nearest lacks time (timestamp, " in said
+    assert "meta.jsonl (no row); more.csv (user_id, item_id, when); reviews.jsonl (no row)" in said
     assert not (tmp_path / "run").exists()
 
 
