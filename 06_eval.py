@@ -12,8 +12,8 @@ no sampled negatives). With rank_u its place in the list of user u, from 1:
 
 Numbers in brackets, as [24], are the details that tests/README.md lists.
 
-letters  U users, N items, L codes of an item in one modality, K values of a code,
-         S side of a picture, d width of a vector that is cut into codes
+letters  U users, B users in a batch, N items, L codes of an item in one modality,
+         K values of a code, S side of a picture, d width of a vector that is cut into codes
 reads   data.pt, *_codes.pt; for pictures images.pt, sasrec.pt, generator-*.pt
         predictions-NAME-sSEED.pt
           name          str                the model's row in the table
@@ -428,12 +428,12 @@ def strongest(data, before, after, strength):
     before = number // (N + 1)                                      # (different,)
     after = number % (N + 1)                                        # (different,)
 
-    # Among equally strong ones the best seller counts more, by less than one pair could.
+    # Among equally strong ones the best seller counts more, by less than any pair adds.
     bought = data["train_counts"].float()                           # (N+1,)
     total += 0.01 * bought[after] / bought.max().clamp(min=1)       # (different,)
 
     # The neighbours of one item stand together, the strongest first. Which place has each?
-    order = total.argsort(descending=True)                          # (different,)
+    order = total.argsort(descending=True, stable=True)             # (different,)
     order = order[before[order].argsort(stable=True)]               # (different,)
     row = before[order]                                             # (different,)
     begin = torch.searchsorted(row, row)                            # (different,)
