@@ -60,6 +60,7 @@ import zipfile
 import zlib
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -140,36 +141,66 @@ def toy_shop(n, U, S, seed):
     of its value, (n,)
     """
     rng = np.random.default_rng(seed)
-
-    # Every property of every item is drawn on its own: no colour goes with a category.
-    truth = {}
-    for name, values in PROPERTIES.items():
-        truth[name] = rng.integers(len(values), size=n)         # (n,)
-    walks = toy_walks(truth, U, rng)                            # (U, LONGEST_WALK)
-    items = toy_items(truth, rng)
+    rules = toy_rules(n, U, rng)
+    walks = toy_walks(rules, rng)                               # (U, LONGEST_WALK)
+    items = toy_items(rules.truth, rng)
 
     def open_picture(item_id, look):
         return draw(look, S) if look else None
 
-    return toy_events(walks), items, open_picture, truth
+    return toy_events(walks), items, open_picture, rules.truth
 
 
-def toy_walks(truth, U, rng):
-    """Each customer takes one item after another. -> (U, LONGEST_WALK) items, -1 where it ended"""
-    n = len(truth["circle"])
+class Rules(NamedTuple):
+    """What decides who takes what: all that is in the score, and that no model is told."""
+    truth: dict             # for each of PROPERTIES the number of its value, (n,)
+    rank: np.ndarray        # (n,) 1: what sells best
+    favourites: dict        # for each of TASTE the value that a customer likes, (U,)
+    companion: np.ndarray   # (circles,) the circle that follows a circle
+    following: np.ndarray   # (categories,) the category that follows a category
 
-    # What a customer likes whatever came before: best sellers, and one colour, one pattern and
-    # one material of the customer's own. These are the first four lines of the score.
+
+def toy_rules(n, U, rng):
+    """Draws the rules of a shop of n items and U customers. -> Rules"""
+    # Every property of every item is drawn on its own: no colour goes with a category.
+    truth = {}
+    for name, values in PROPERTIES.items():
+        truth[name] = rng.integers(len(values), size=n)         # (n,)
     rank = 1 + rng.permutation(n)                               # (n,)
-    taste = np.tile(-POPULARITY * np.log(rank), (U, 1))         # (U, n)
-    for name, weight in TASTE.items():
-        favourite = rng.integers(len(PROPERTIES[name]), size=(U, 1))  # (U, 1)
-        taste += weight * (truth[name] == favourite)            # (U, n)
-
-    # After an item of one circle people like those of its companion circle, whatever they look
-    # like. A category is followed by another in the same way, but weakly. The last two lines.
+    favourites = {}
+    for name in TASTE:
+        favourites[name] = rng.integers(len(PROPERTIES[name]), size=U)  # (U,)
     companion = rng.permutation(CIRCLES)                        # (circles,)
     following = rng.permutation(len(SHAPES))                    # (categories,)
+    return Rules(truth, rank, favourites, companion, following)
+
+
+def taste_of(favourites, rules):
+    """What somebody with these favourites likes whatever came before: four lines of the score.
+
+    favourites: for each of TASTE a value, (rows,) -> (rows, n)
+    """
+    taste = -POPULARITY * np.log(rules.rank)                    # (n,)
+    for name, weight in TASTE.items():
+        favourite = favourites[name][:, None]                   # (rows, 1)
+        taste = taste + weight * (rules.truth[name] == favourite)  # (rows, n)
+    return taste
+
+
+def add_what_follows(score, previous, rules):
+    """Adds the last two lines of the score. score: (rows, n), previous: (rows,) items"""
+    # After an item of one circle people like those of its companion circle, whatever they look
+    # like. A category is followed by another in the same way, but weakly.
+    circle = rules.companion[rules.truth["circle"][previous]]   # (rows,)
+    category = rules.following[rules.truth["category"][previous]]  # (rows,)
+    score += COMPANION * (rules.truth["circle"] == circle[:, None])  # (rows, n)
+    score += FOLLOWING * (rules.truth["category"] == category[:, None])  # (rows, n)
+
+
+def toy_walks(rules, rng):
+    """Each customer takes one item after another. -> (U, LONGEST_WALK) items, -1 where it ended"""
+    taste = taste_of(rules.favourites, rules)                   # (U, n)
+    U, n = taste.shape
 
     # 5 to 20 events a customer, 8.4 on average; never more than there are items.
     lengths = 4 + rng.geometric(1 / 4.5, U)                     # (U,)
@@ -181,11 +212,7 @@ def toy_walks(truth, U, rng):
         active = np.flatnonzero(lengths > step)                 # (active,)
         score = taste[active]                                   # (active, n), a copy
         if step > 0:
-            previous = walks[active, step - 1]                  # (active,)
-            circle = companion[truth["circle"][previous]]       # (active,)
-            category = following[truth["category"][previous]]   # (active,)
-            score += COMPANION * (truth["circle"] == circle[:, None])
-            score += FOLLOWING * (truth["category"] == category[:, None])
+            add_what_follows(score, walks[active, step - 1], rules)
 
         # On a whim all scores are 0, so that the softmax below is the same for all items;
         # an item that the customer has already stays at minus infinity.

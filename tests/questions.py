@@ -5,16 +5,18 @@
     python tests/questions.py fusion --run runs/films --seeds 0 1 2      # SASRec's and MSCGRec's lists in one
     python tests/questions.py seen --run runs/films                      # the table without what users had before
     python tests/questions.py hole --run runs/films                      # what the last events of a history tell
-    python tests/questions.py ceiling missing --run runs/films           # of the models that lie in the run
+    python tests/questions.py lost missing --run runs/films              # of the models that lie in the run
     python tests/questions.py unseen --run runs/toy                      # items that no training event shows
+    python tests/questions.py ceiling --run runs/toy                     # the best that any model could do
     python tests/questions.py growth                                     # costs by the size of the catalogue
 
-A run holds the codes of one seed at a time: `hole`, `ceiling` and `missing` speak of the seed that was run last, and a
-generator whose codes were replaced since is refused. What a table needs and is there already
-(predictions-NAME-sSEED.pt) is not trained again.
+A run holds the codes of one seed at a time: `hole`, `lost` and `missing` speak of the seed that was run last, and a generator
+whose codes were replaced since is refused. What a table needs and is there already (predictions-NAME-sSEED.pt) is not
+trained again.
 
 letters  B users in a batch, T items of history, L codes of an item in one modality, K values of a code, N items,
-         U users, E width of a model, S side of a picture, d width of a vector that is cut into codes
+         U users, E width of a model, S side of a picture, d width of a vector that is cut into codes, n items of a toy
+         shop before the 5-core, F combinations of a customer's favourites
 """
 import argparse
 import contextlib
@@ -28,6 +30,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bench import MODALITIES, K, best, random_sources
@@ -436,7 +439,7 @@ def hole(args):
     table(["events not known", "Recall@10", "NDCG@10", "without the history's items: Recall@10", "NDCG@10"], answers)
 
 
-def ceiling(args):
+def lost(args):
     """Where recall is lost: in the codes, in the beam, or in what the generator has learnt?"""
     data = load(args.run / "data.pt")
     what_codes_lose(args.run, data)
@@ -590,6 +593,114 @@ def without_training_events(data, held):
     return {**data, "events": events, "offsets": offsets, "train_counts": train_counts, "user_ids": user_ids}
 
 
+# --- The best that any model could do in the toy shop -----------------------------------------------------------------
+# Whoever knows the rules of the shop, but not what a customer likes, can work it out from what the customer took. With
+# f for a combination of favourites (red, stripes, wool; red, stripes, oak; ..), each as likely at first, Bayes' rule is
+#
+#   p(f | i_1 .. i_T)        is proportional to   p(i_1 | f) p(i_2 | f, i_1) .. p(i_T | f, i_1 .. i_(T-1))
+#   p(i_(T+1) | i_1 .. i_T)  = sum over f of p(f | i_1 .. i_T) p(i_(T+1) | f, i_1 .. i_T)
+#
+# where p(i | f, ..) is that of 01: mostly the softmax of the score, and with probability WHIM any item not yet taken.
+# To list items by p(i_(T+1) | ..) is best: any other list of ten holds the item to be found with less probability.
+
+
+def ceiling(args):
+    """The row `best-possible`: the list that Bayes' rule gives to each user of a toy shop. It also knows what the
+    5-core dropped of a history, so that it is a bound from above."""
+    one = script(1)
+    run = one.Run(args.run)
+    data = run.load("data.pt", "01_data.py")
+    began = time.time()
+    rules, walks, target = redraw_toy_shop(one, data)                   # .., (U, LONGEST_WALK), (U,)
+
+    # Users of whom equally much is known are asked about together.
+    known = (walks == target[:, None]).argmax(1)                        # (U,) events before the one to be found
+    shop = catalogue_numbers(data["item_ids"][1:])                      # (N,)
+    top = torch.zeros(len(walks), 20, dtype=torch.int32)                # (U, top)
+    promised = torch.zeros(len(walks))                                  # (U,)
+    for T in np.unique(known):
+        users = np.flatnonzero(known == T)                              # (users,)
+        for batch in np.array_split(users, 1 + len(users) // 500):
+            chance = next_item(one, rules, walks[batch, :T])            # (B, n)
+            chance = torch.from_numpy(chance[:, shop])                  # (B, N)
+            likeliest, place = chance.topk(20)                          # (B, top)
+            top[batch] = 1 + place.int()                                # (B, top)
+            share = likeliest[:, :10].sum(1) / chance.sum(1)            # (B,)
+            promised[batch] = share.float()                             # (B,)
+
+    run.save({"name": "best-possible", "test": top, "seconds": {"predict": time.time() - began}},
+             "predictions-best-possible-s0.pt")
+    print(f"The first tens promise a Recall@10 of {promised.mean():.4f} and keep {hits(top, data).mean():.4f}.")
+    call(6, "--run", args.run)
+
+
+def catalogue_numbers(item_ids):
+    """Ids such as "item000123" of a toy shop, or of its users, as numbers. -> (ids,)"""
+    return np.array([int(item_id[4:]) for item_id in item_ids])
+
+
+def redraw_toy_shop(one, data):
+    """Draws the shop of data.pt again, which its seed allows, to see what no model is told.
+
+    -> Rules; what data's users took, (U, LONGEST_WALK), -1 where it ended; the items to be found, (U,)
+    """
+    if data["meta"]["source"] != "toy":
+        sys.exit("The best possible is known of a toy shop only: of no other the rules are known.")
+    made_with = data["meta"]["options"]
+    n = made_with["max_items"] or one.TOY_ITEMS
+    U = made_with["max_users"] or one.TOY_USERS
+    rng = np.random.default_rng(made_with["seed"])
+    rules = one.toy_rules(n, U, rng)
+    walks = one.toy_walks(rules, rng)                                   # (customers, LONGEST_WALK)
+    walks = walks[catalogue_numbers(data["user_ids"])]                  # (U, LONGEST_WALK)
+
+    # Each event of data.pt must be one of its user's walk.
+    shop = catalogue_numbers(data["item_ids"][1:])                      # (N,)
+    item = shop[data["events"].numpy() - 1]                             # (events,)
+    offsets = data["offsets"].numpy()                                   # (U+1,)
+    user = np.repeat(np.arange(len(walks)), np.diff(offsets))           # (events,)
+    if not (walks[user] == item[:, None]).any(1).all():
+        sys.exit("data.pt is of another version of 01_data.py, with other rules: make it again.")
+    return rules, walks, item[offsets[1:] - 1]
+
+
+def next_item(one, rules, history):
+    """p(next item | history) of customers whose favourites nobody knows. history: (B, T), all they took -> (B, n)"""
+    B, T = history.shape
+    n = len(rules.rank)
+
+    # exp(score) is a product: what the favourites say of an item, times what the item before says of it.
+    sizes = [len(one.PROPERTIES[name]) for name in one.TASTE]
+    combinations = np.indices(sizes).reshape(len(sizes), -1)            # (tastes, F)
+    taste = np.exp(one.taste_of(dict(zip(one.TASTE, combinations)), rules))  # (F, n)
+    F = len(taste)
+
+    belief = np.full((B, F), 1 / F)                                     # (B, F) p(f | what is known by now)
+    for t in range(T):
+        follows = what_follows(one, rules, history[:, :t])              # (B, n)
+        total = follows @ taste.T                                       # (B, F) the sum under the softmax
+        item = history[:, t]                                            # (B,)
+        softmax = follows[range(B), item][:, None] * taste[:, item].T / total  # (B, F)
+        belief *= (1 - one.WHIM) * softmax + one.WHIM / (n - t)         # (B, F)
+        belief /= belief.sum(1, keepdims=True)                          # (B, F)
+
+    follows = what_follows(one, rules, history)                         # (B, n)
+    total = follows @ taste.T                                           # (B, F)
+    softmax = follows * ((belief / total) @ taste)                      # (B, n) its mean over f
+    whim = (follows > 0) / (n - T)                                      # (B, n)
+    return (1 - one.WHIM) * softmax + one.WHIM * whim
+
+
+def what_follows(one, rules, history):
+    """exp of what the last item adds to the score; 0 for items that are taken. history: (B, t) -> (B, n)"""
+    B, t = history.shape
+    score = np.zeros((B, len(rules.rank)))                              # (B, n)
+    if t > 0:
+        one.add_what_follows(score, history[:, -1], rules)
+    score[np.arange(B)[:, None], history] = -np.inf
+    return np.exp(score)
+
+
 # --- Costs by the size of the catalogue -------------------------------------------------------------------------------
 
 
@@ -650,9 +761,10 @@ PARTS = {
     "fusion": fusion,
     "seen": seen,
     "hole": hole,
-    "ceiling": ceiling,
+    "lost": lost,
     "missing": missing,
     "unseen": unseen,
+    "ceiling": ceiling,
     "growth": growth,
 }
 

@@ -83,9 +83,10 @@ def test_metrics_of_ranks_1_3_11_and_absent(tmp_path):
     saved, table = results(run)
     assert saved["rows"]["sasrec"]["mean"] == [0.25, 0.5, 0.5, 0.375, 0.375]
     assert saved["rows"]["sasrec"]["std"] is None and "interval" not in saved["rows"]["sasrec"]
-    quality, cost, popular = cells(table, "sasrec")
+    quality, pairs, cost, popular = cells(table, "sasrec")
     assert quality == ["sasrec", "1", "0.2500", "0.5000", "0.5000", "0.3750", "0.3750", "", ""]
     shown = top[:, :10].unique()
+    assert pairs == ["sasrec", "-", "-", "0.5000", "0.3750"]  # no two training events follow each other
     assert cost == ["sasrec", "12,345", "2.5", "60", "500.00", "2.0"]
     assert popular[:2] == ["sasrec", f"{len(shown) / N:.0%}"] and popular[4] == f"{top[:, :10].float().mean():.0f}"
 
@@ -121,7 +122,7 @@ def test_interval_of_equal_models_holds_zero_and_of_a_better_one_does_not(tmp_pa
     difference = torch.tensor(rows["better"]["mean"]) - torch.tensor(rows["sasrec"]["mean"])
     assert (0 < low).all() and (low < difference).all() and (difference < high).all()
     assert cells(table, "better")[0][-2].startswith("[+") and cells(table, "sasrec")[0][-2:] == ["", ""]
-    assert [line.split()[1] for line in table.split("\n") if line.startswith("| ")][1:6][-1] == "better"
+    assert [line.split()[1] for line in table.split("\n") if line.startswith("| ")][1:8][-1] == "better"
     against = results(run, "--against", "better")[0]["rows"]
     assert torch.tensor(against["sasrec"]["interval"]).max() < 0 and "interval" not in against["better"]
 
@@ -292,7 +293,7 @@ def test_a_foreign_model_joins_with_two_keys(tmp_path, capsys):
     torch.save({"name": "by hand", "test": test}, run / "predictions-anything.pt")
     saved, table = results(run)
     assert saved["rows"]["by hand"]["mean"] == [0.5] * 5 and saved["rows"]["by hand"]["seeds"] == [0]
-    quality, cost, shown = cells(table, "by hand")
+    quality, _, cost, shown = cells(table, "by hand")
     assert quality[2] == "0.5000" and cost == ["by hand", "-", "-", "-", "-", "-"] and shown[1] == "5%"
     assert cells(table, "sasrec") and table.strip() in capsys.readouterr().out
     torch.save({"name": "by hand", "seed": 1, "test": torch.zeros_like(test), "seconds": {"train": 3}},
@@ -401,9 +402,103 @@ def test_popularity_needs_no_file_and_none_of_an_old_run_disturbs_it(tmp_path):
     saved, table = results(run)
     row = saved["rows"].pop("popularity")
     assert row["mean"][:3] == [0.25, 0.5, 0.5] and row["std"] is None and row["seeds"] == [0]
-    assert row["parameters"] == N and row["bytes"] == 4 * N and not saved["rows"]
+    assert row["parameters"] == N and row["bytes"] == 4 * N and saved["rows"].keys() == {"last-item", "co-occurrence"}
     half = 1.96 * math.sqrt(0.25 * 0.75 / 4)  # of four users one has the item first
     assert row["error"][0] == pytest.approx(half)
+
+
+def shop_of(histories, items=N):
+    """What the baselines read of data.pt, of these histories: the last two events are held out."""
+    lengths = torch.tensor([0] + [len(history) for history in histories])
+    training = torch.tensor([item for history in histories for item in history[:-2]], dtype=torch.long)
+    return {"events": torch.tensor([item for history in histories for item in history], dtype=torch.int32),
+            "offsets": lengths.cumsum(0), "train_counts": torch.bincount(training, minlength=items + 1).int(),
+            "item_ids": [""] * (items + 1), "user_ids": [""] * len(histories)}
+
+
+def random_histories(users=60, items=30):
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 12, (users,), generator=rng).tolist()
+    return [(1 + torch.randperm(items, generator=rng)[:length]).tolist() for length in lengths]
+
+
+def test_last_item_lists_what_came_next_most_often_then_the_best_sellers():
+    """After 5 came 6 twice, 7 and 8 once each, of which 8 sells better. After 9 nothing came but what is held out."""
+    histories = [[1, 5, 6, 2, 3], [4, 5, 6, 9, 8], [5, 7, 4, 9], [3, 5, 8, 1, 2], [8, 2, 5, 9], [2, 9, 1]]
+    top = evaluation.last_item(shop_of(histories, items=9))["test"]
+    assert top[4].tolist()[:10] == [6, 8, 7, 5, 2, 1, 3, 4, 9, 0]
+    assert top[5].tolist()[:10] == [5, 2, 6, 8, 1, 3, 4, 7, 9, 0]
+
+
+def test_co_occurrence_is_the_sum_over_all_pairs_of_near_items():
+    histories = random_histories()
+    data = shop_of(histories, 30)
+    strength = torch.zeros(31, 31)
+    for history in histories:
+        for a, one in enumerate(history[:-2]):
+            for b, other in enumerate(history[:-2]):
+                if 1 <= abs(a - b) <= evaluation.NEAR:
+                    strength[one, other] += 1 / abs(a - b)
+    bought = data["train_counts"].float()
+    strength += (strength > 0) * 0.01 * bought / bought.max()  # the best seller of equals
+    top = evaluation.co_occurrence(data)["test"].long()
+    for user, history in enumerate(histories):
+        known = history[:-1][::-1][:evaluation.NEAR]
+        score = sum(0.5 ** a * strength[item] for a, item in enumerate(known))
+        assert score[top[user, :8]].tolist() == pytest.approx(score.sort(descending=True).values[:8].tolist())
+
+
+def test_of_a_pair_seen_in_training_the_table_says_how_often_it_was_found(tmp_path):
+    """In training 3 was followed by 4, 4 by 5. The third user's pair 5, 3 was seen the other way round only, the
+    fourth one's in held-out events only."""
+    histories = [[3, 4, 5, 9, 8], [7, 3, 4], [1, 5, 3], [2, 9, 8]]
+    data = shop_of(histories)
+    assert evaluation.seen_pairs(data).tolist() == [False, True, False, False]
+    run = write_run(tmp_path / "run", [8, 4, 3, 8])
+    torch.save(torch.load(run / "data.pt") | data, run / "data.pt")
+    write_predictions(run, "sasrec", lists([8, 4, 3, 8], [None, 1, 3, 1]))
+    saved, table = results(run)
+    assert saved["rows"]["sasrec"]["seen pairs"][2] == 1
+    assert saved["rows"]["sasrec"]["new pairs"][2] == pytest.approx(2 / 3)
+    assert cells(table, "sasrec")[1] == ["sasrec", "1.0000", "1.0000", "0.6667", "0.5000"]
+    assert "seen pairs (1 users)" in table and "new pairs (3 users)" in table
+
+
+def test_baselines_count_no_event_that_is_to_be_found():
+    """Other test items change no list. Other validation items do, as they are known by then, but no count."""
+    histories = random_histories()
+    other_test = [history[:-1] + [30 - history[-1] or 30] for history in histories]
+    data = shop_of(histories, 30)
+    other = shop_of(other_test, 30)
+    for baseline in (evaluation.popularity, evaluation.last_item, evaluation.co_occurrence):
+        assert torch.equal(baseline(data)["test"], baseline(other)["test"])
+
+    other_validation = [history[:-2] + [31 - history[-2], history[-1]] for history in histories]
+    other = shop_of(other_validation, 30)
+    for places in range(1, 12):
+        for ours, theirs in zip(evaluation.training_pairs(data, places), evaluation.training_pairs(other, places)):
+            assert torch.equal(ours, theirs)
+
+
+def test_only_the_strongest_neighbours_are_kept(monkeypatch):
+    monkeypatch.setattr(evaluation, "NEIGHBOURS", 2)
+    before = torch.tensor([1, 1, 1, 1, 2, 1])
+    after = torch.tensor([2, 3, 4, 3, 1, 4])
+    strength = torch.tensor([5.0, 1, 1, 2, 7, 3])  # of 1: 2 has 5, 3 has 3, 4 has 4
+    items, strengths = evaluation.strongest(shop_of([[1, 2, 3]], 4), before, after, strength)
+    assert items.tolist() == [[0, 0], [2, 4], [1, 0], [0, 0], [0, 0]]
+    assert strengths[1].tolist() == pytest.approx([5, 4], abs=0.01)
+
+
+def test_the_share_of_the_best_possible_is_shown_where_that_is_known(tmp_path):
+    run = write_run(tmp_path / "run", [1, 2])
+    write_predictions(run, "sasrec", lists([1, 2], [1, None]))
+    assert "share of best" not in results(run)[1]
+    write_predictions(run, "best-possible", lists([1, 2], [1, 3]))
+    table = results(run)[1]
+    assert "share of best" in table
+    assert cells(table, "sasrec")[0][-1] == "67%"  # .5 of .75
+    assert cells(table, "best-possible")[0][-1] == "100%"
 
 
 def test_shown_items_against_hand_counts(scripts):

@@ -256,7 +256,7 @@ def test_ids_only_data_runs_through(tmp_path):
 
 def test_questions_are_answered(smoke):
     """The long parts are run by hand; these two ask models that are there."""
-    process = subprocess.run([sys.executable, ROOT / "tests" / "questions.py", "ceiling", "missing", "--run", smoke[0]],
+    process = subprocess.run([sys.executable, ROOT / "tests" / "questions.py", "lost", "missing", "--run", smoke[0]],
                              capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "| collab " in process.stdout and "| mscgrec " in process.stdout and "exhaustive" in process.stdout
