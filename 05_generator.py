@@ -66,6 +66,7 @@ TOKEN_SCALE = 0.3        # standard deviation of the token embeddings at the sta
 FARTHEST = 31            # items; all that lie so far back or farther share one bias
 WARM_UP = 0.04           # share of the training in which the learning rate rises to --lr
 WEIGHT_DECAY = 0.01      # of AdamW
+LOOK_SCALE = 0.1         # standard deviation of W, which asks what lies under a code
 CLIP = 1.0               # a gradient that is longer is shortened to this
 VALIDATION_USERS = 2000  # at the most; their validation events decide which epoch is the best
 RANKED_EVENTS = 1024     # of histories that are searched at once, about
@@ -450,11 +451,13 @@ class Generator(nn.Module):
     the item this modality?; codebooks (3, K, d), with a K of its own
     modalities: the names of the D that a history shows
     target: the name of the one that is written, which may be another one
+    trie: of the codes of the target
     size: an object with the numbers width, heads, head, inner, layers, dropout (the options)
     """
 
-    def __init__(self, sources, modalities, target, size):
+    def __init__(self, sources, modalities, target, trie, size):
         super().__init__()
+        self.trie = trie
         E = size.width
         H = size.heads
         D = len(modalities)
@@ -521,16 +524,26 @@ class Generator(nn.Module):
         T = history.shape[1]
         tokens = self.shown[history]                                # (B, T, D, L)
         D = tokens.shape[2]
+        hidden = torch.zeros(1, 1, D, 1, dtype=torch.bool, device=history.device)
         if masking > 0 and D > 1:  # a single modality has no others that could do
             hidden = hidden_modalities(history, D, masking)         # (B, T, D)
             hidden = hidden.unsqueeze(3)                            # (B, T, D, 1)
             tokens = torch.where(hidden, self.masks, tokens)        # (B, T, D, L)  [21]
 
-        x = self.dropout(self.tokens(tokens.flatten(1)))            # (B, T * M, E)
+        x = self.embed(history, tokens, hidden)                     # (B, T, D, L, E)
+        x = self.dropout(x.flatten(1, 3))                           # (B, T * M, E)
         bias = self.encoder_bias(T)                                 # (H, T * M, T * M)
         for layer in self.encoder:
             x = layer(x, bias)                                      # (B, T * M, E)
         return self.dropout(self.encoder_norm(x))                   # (B, T * M, E)
+
+    def embed(self, history, tokens, hidden):
+        """What the encoder begins with: a vector a token.
+
+        history: (B, T), tokens: (B, T, D, L) of it; hidden: bool (B, T, D, 1), or broadcast to it,
+        which modalities are masks by chance -> (B, T, D, L, E)
+        """
+        return self.tokens(tokens)                                  # (B, T, D, L, E)
 
     def memory(self, x):
         """What the decoder looks up: keys and values of the history, made once for all who ask.
@@ -546,9 +559,12 @@ class Generator(nn.Module):
             x = layer(x, bias, of_layer, cross_bias, cache)         # (B, Q, l, E)
         return self.dropout(self.decoder_norm(x))                   # (B, Q, l, E)
 
-    def scores(self, x, l):
-        """z_l, the scores of all K codes of level l. x: (..., E) -> (..., K)"""
-        return x @ self.output[l]
+    def scores(self, x, l, node):
+        """z_l, the scores of all K codes of level l. x: (..., E) -> (..., K)
+
+        node: (...), where in the tree the codes before lead; only Lookahead asks.
+        """
+        return x @ self.output[l]                                   # (..., K)
 
     def forward(self, history, target, masking=0.0):
         """Training: all codes after all places at once. target[:, t] follows history[:, :t+1].
@@ -570,8 +586,118 @@ class Generator(nn.Module):
         by_level = x.movedim(2, 0)                                  # (L, B, T, E)
         logits = []
         for l in range(L):
-            logits.append(self.scores(by_level[l], l))              # (B, T, K)
+            node = self.trie.path[target, l]                        # (B, T)
+            logits.append(self.scores(by_level[l], l, node))        # (B, T, K)
         return torch.stack(logits, 2)                               # (B, T, L, K)
+
+
+# --- Looking ahead: scores that know what lies under a code (ours; --lookahead) ------------------
+# The generator above scores code k after a prefix by a vector of its own, column k of `output`.
+# What it knows of an item it has learnt from the events of the items that share its codes. A rare
+# item has few events and a new one none, although its picture and its text are known. So here the
+# score also looks ahead, at what lies under the code in the tree:
+#
+#     z_l(k) = x . output_l[k] + (W_l x) . f(child)
+#
+# f(child) is the mean of the vectors of all items under the child to which k leads; the vector of
+# an item is what 02, 03 and 04 cut into its codes, one behind the other. At the root f says what
+# the items of a first code have in common, at a leaf it is the item's own vector.
+#
+#              root                   f of the left child: the mean of a and b
+#            /      \                 f of the right child: c
+#          0          7
+#        /   \          \
+#      2: a   5: b       2: c
+#
+# The tokens of the history carry the vectors of their items as well. What x asks for and what it
+# finds is then of one kind. (LIGER, Yang et al. 2024, adds vectors to the history like this.)
+
+
+def unit_vectors(source):
+    """The vectors of a modality, scaled so that their mean squared length is 1. -> (N+1, d)"""
+    x = source["embeddings"].float()                                # (N+1, d), row 0 is padding
+    length = x[1:].square().sum(1).mean().sqrt()                    # ()
+    return x / length.clamp(min=1e-6)                               # (N+1, d)
+
+
+def what_lies_under(trie, vectors):
+    """f of all nodes below the root. vectors: (N+1, f) -> for each level l (nodes of l+1, f)"""
+    # Behind the nodes of an item's prefixes comes its leaf, where the path ends.
+    leaf = torch.empty_like(trie.leaf_item)                         # (N,)
+    leaf[trie.leaf_item - 1] = torch.arange(len(leaf), device=leaf.device)
+    steps = [*trie.path[1:].unbind(1)[1:], leaf]                    # L of (N,)
+    means = []
+    for node in steps:
+        items = node.bincount()                                     # (nodes,) under each
+        total = torch.zeros(len(items), vectors.shape[1], device=vectors.device)
+        total.index_add_(0, node, vectors[1:])                      # (nodes, f)
+        means.append(total / items.unsqueeze(1))                    # (nodes, f)
+    return means
+
+
+def children(trie, l):
+    """The children of every node of level l, and by which codes: C of them, the most that one has.
+
+    Where there are fewer, child is the number of nodes, which is none of them, and code is 0.
+    -> child, code (nodes of level l, C) both
+    """
+    edges = trie.edges[l]                                           # (nodes of l+1,), sorted
+    parent = edges // trie.K                                        # (nodes of l+1,)
+    # Siblings stand side by side. How many stand before each of them?
+    number = torch.arange(len(edges), device=edges.device)          # (nodes of l+1,)
+    number = number - torch.searchsorted(parent, parent)            # (nodes of l+1,)
+    shape = (int(parent[-1]) + 1, int(number.max()) + 1)
+    child = torch.full(shape, len(edges), device=edges.device)      # (nodes of l, C)
+    child[parent, number] = torch.arange(len(edges), device=edges.device)
+    code = torch.zeros_like(child)                                  # (nodes of l, C)
+    code[parent, number] = edges % trie.K
+    return child, code
+
+
+class Lookahead(Generator):
+    """The generator, with vectors in its history and with scores that look ahead."""
+
+    def __init__(self, sources, modalities, target, trie, size):
+        super().__init__(sources, modalities, target, trie, size)
+        vectors = [unit_vectors(sources[name]) for name in modalities]  # D of (N+1, d)
+        self.carry = nn.ModuleList()
+        for d, x in enumerate(vectors):
+            self.carry.append(nn.Linear(x.shape[1], size.width, bias=False))
+            nn.init.normal_(self.carry[d].weight, std=TOKEN_SCALE)
+            self.register_buffer(f"vectors{d}", x, persistent=False)
+
+        under = what_lies_under(trie, torch.cat(vectors, 1).to(trie.path.device))
+        f = under[0].shape[1]
+        self.ask = nn.Parameter(torch.randn(trie.L, size.width, f) * LOOK_SCALE)  # W
+        for l, mean in enumerate(under):
+            child, code = children(trie, l)                         # (nodes of l, C) both
+            nothing = torch.zeros_like(mean[:1])                    # (1, f) under no child
+            mean = torch.cat([mean, nothing])                       # (nodes of l+1, + 1, f)
+            self.register_buffer(f"under{l}", mean, persistent=False)
+            self.register_buffer(f"child{l}", child, persistent=False)
+            self.register_buffer(f"code{l}", code, persistent=False)
+
+    def embed(self, history, tokens, hidden):
+        """As above, plus the vector of each token's item and modality, where it is not hidden."""
+        carried = []
+        for d, carry in enumerate(self.carry):
+            carried.append(carry(getattr(self, f"vectors{d}")[history]))  # (B, T, E)
+        carried = torch.stack(carried, 2).masked_fill(hidden, 0)    # (B, T, D, E)
+        return super().embed(history, tokens, hidden) + carried.unsqueeze(3)
+
+    def scores(self, x, l, node):
+        """z_l(k) = x . output_l[k] + (W_l x) . f(child). x: (..., E), node: (...) -> (..., K)"""
+        z = super().scores(x, l, node)                              # (..., K)
+        question = x @ self.ask[l]                                  # (..., f)
+        under = getattr(self, f"under{l}").to(z.dtype)              # (nodes, f)
+        child = getattr(self, f"child{l}")                          # (nodes of l, C)
+        code = getattr(self, f"code{l}")                            # (nodes of l, C)
+        if l == 0:
+            ahead = question @ under[child[0]].T                    # (..., C): all ask at the root
+        else:
+            f = under[child[node]]                                  # (..., C, f)
+            ahead = (f @ question.unsqueeze(-1)).squeeze(-1)        # (..., C)
+        return z.scatter_add(-1, code[node], ahead)                 # (..., K)
 
 
 # --- Beam search: the likeliest items ------------------------------------------------------------
@@ -632,7 +758,7 @@ def beam_search(model, trie, history, beam):
         x = model.decode(newest, bias, memory, at_level, caches)    # (B, beams, 1, E)
 
         # log p(k | prefix): a softmax over the children of each beam's node.  [19]
-        z = model.scores(x[:, :, 0], l).float()                     # (B, beams, K)
+        z = model.scores(x[:, :, 0], l, node).float()               # (B, beams, K)
         z = z + trie.log_allowed(l, node)                           # (B, beams, K)
         log_p = z.log_softmax(-1)                                   # (B, beams, K)
 
@@ -713,6 +839,7 @@ def options(argv):
     add("--name", default="mscgrec", help="of this model's files and of its row in the table")
     add("--modalities", default="image,text,collab", help="whose codes a history shows")
     add("--target", default="collab", help="the modality whose code is written")
+    add("--lookahead", action="store_true", help="ours: scores that know what lies under a code")
     add("--unconstrained", action="store_true", help="train with the softmax over all K codes")
     add("--history", help="only print what --name recommends after some titles, parts of titles or "
         "[ids], with ; between them (or commas, where no title has one)")
@@ -799,7 +926,7 @@ def read_codes(run, data, args):
     for name in names:
         maker = makers.get(name, f"the script of {name} codes")
         sources[name] = run.load(f"{name}_codes.pt", maker)
-        wrong = what_is_wrong(sources[name], N)
+        wrong = what_is_wrong(sources[name], N, args.lookahead)
         if wrong:
             fail(f"{run.folder / name}_codes.pt does not hold the codes of {N} items: {wrong}.")
 
@@ -809,8 +936,11 @@ def read_codes(run, data, args):
     return sources
 
 
-def what_is_wrong(source, N):
-    """What keeps a file from being the codes of N items. -> in words, "" if nothing does"""
+def what_is_wrong(source, N, lookahead):
+    """What keeps a file from being the codes of N items. -> in words, "" if nothing does
+
+    lookahead: are the vectors needed, which the codes were cut from?
+    """
     for key in ("codes", "known", "codebooks"):
         if not torch.is_tensor(source.get(key)):
             return f"it has no tensor '{key}'"
@@ -827,15 +957,20 @@ def what_is_wrong(source, N):
     most = codes[1:].max().item()
     if least < 0 or most >= K:
         return f"there are codes from {least} to {most}, and codebooks for 0 to {K - 1}"
+    vectors = source.get("embeddings")                              # (N+1, d)
+    if lookahead and (not torch.is_tensor(vectors) or vectors.dim() != 2
+                      or len(vectors) != N + 1 or not vectors.isfinite().all()):
+        return f"'embeddings' is not ({N + 1}, d), of numbers, as --lookahead needs it"
     return ""
 
 
 def build(sources, args):
     """The model, with its first random weights, and the tree of the codes that it writes."""
     modalities = args.modalities.split(",")
-    model = Generator(sources, modalities, args.target, args)
     target = sources[args.target]
     trie = Trie(target["codes"], target["codebooks"].shape[1], args.device)
+    kind = Lookahead if args.lookahead else Generator
+    model = kind(sources, modalities, args.target, trie, args)
     return model.to(args.device), trie
 
 

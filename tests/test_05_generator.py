@@ -20,12 +20,13 @@ INPUTS = ("data.pt", "images.pt", "image_codes.pt", "text_codes.pt", "collab_cod
 def source(codes, K=K):
     """What the file of a modality holds: all items are known, and the centroids are random."""
     known = torch.arange(len(codes)) > 0
-    return {"codes": codes, "known": known, "codebooks": torch.randn(3, K, 6)}
+    return {"codes": codes, "known": known, "codebooks": torch.randn(3, K, 6),
+            "embeddings": torch.randn(len(codes), 6)}
 
 
-@pytest.fixture()
-def parts(scripts):
-    """A small random catalogue with its tree, and an untrained generator with some life in it."""
+@pytest.fixture(params=("Generator", "Lookahead"))
+def parts(scripts, request):
+    """A small random catalogue with its tree, and an untrained generator of each kind with some life in it."""
     generator = scripts[5]
     torch.manual_seed(0)
     every = torch.tensor(list(itertools.product(range(K), repeat=L)))
@@ -37,7 +38,8 @@ def parts(scripts):
     other = torch.randint(K, (N + 1, L))
     sources = {"other": source(other), "written": source(codes)}
     size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=2, dropout=0.0)
-    model = generator.Generator(sources, ["other", "written"], "written", size).eval()
+    kind = getattr(generator, request.param)
+    model = kind(sources, ["other", "written"], "written", trie, size).eval()
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)  # biases start at zero: give each parameter a say
     return generator, codes, trie, model
@@ -203,7 +205,10 @@ def test_a_share_of_the_items_hides_one_modality_and_each_as_often(parts):
 def test_a_single_modality_is_never_hidden(scripts):
     size = argparse.Namespace(width=16, layers=1, heads=2, head=8, inner=16, dropout=0.0)
     codes = torch.randint(K, (N + 1, L))
-    model = scripts[5].Generator({"only": source(codes)}, ["only"], "only", size)
+    codes[1:, 3] = torch.arange(N) % K
+    codes[1:, 2] = torch.arange(N) // K
+    trie = scripts[5].Trie(codes, K)
+    model = scripts[5].Generator({"only": source(codes)}, ["only"], "only", trie, size)
     history = torch.randint(1, N + 1, (9, T))
     assert torch.equal(model.encode(history, masking=1.0), model.encode(history))
 
@@ -213,11 +218,89 @@ def test_token_embeddings_start_as_their_centroids(scripts):
     codebook = torch.randn(3, K, 6)
     size = argparse.Namespace(width=16, layers=1, heads=2, head=8, inner=16, dropout=0.0)
     only = source(torch.zeros(2, 4, dtype=torch.long)) | {"codebooks": codebook}
-    model = scripts[5].Generator({"only": only}, ["only"], "only", size)
+    trie = scripts[5].Trie(only["codes"], K)
+    model = scripts[5].Generator({"only": only}, ["only"], "only", trie, size)
     x = model.tokens.weight[:3 * K].detach()
     ratio = torch.cdist(x, x) / torch.cdist(codebook.flatten(0, 1), codebook.flatten(0, 1))
     off_diagonal = ratio[~torch.eye(3 * K, dtype=torch.bool)]
     assert torch.allclose(off_diagonal, off_diagonal[0].expand_as(off_diagonal), rtol=1e-3)
+
+
+# --- Looking ahead --------------------------------------------------------------------------------------------------
+@pytest.fixture()
+def ahead(scripts):
+    """A Lookahead, the codes that it writes, and the vectors of the items (N+1, f) that lie under its tree."""
+    generator = scripts[5]
+    torch.manual_seed(1)
+    every = torch.tensor(list(itertools.product(range(K), repeat=L)))
+    codes = torch.cat([torch.full((1, L), -1), every[torch.randperm(len(every))[:N]]])
+    sources = {"a": source(codes), "b": source(torch.randint(K, (N + 1, L)))}
+    sources["b"]["embeddings"] *= 100  # a modality with long vectors has no more to say
+    trie = generator.Trie(codes, K)
+    size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=1, dropout=0.0)
+    model = generator.Lookahead(sources, ["a", "b"], "a", trie, size).eval()
+    vectors = [x["embeddings"] / x["embeddings"][1:].square().sum(1).mean().sqrt() for x in sources.values()]
+    return generator, codes, model, torch.cat(vectors, 1)
+
+
+def test_a_code_is_scored_by_the_mean_of_the_vectors_under_it_too(ahead):
+    """z_l(k) = x . output_l[k] + (W_l x) . f(child) for every prefix of every item, by looking at every item."""
+    _, codes, model, vectors = ahead
+    for item in range(1, N + 1):
+        for l in range(L):
+            x = torch.randn(16)
+            z = model.scores(x[None], l, model.trie.path[item, l][None])[0]
+            same_prefix = (codes[:, :l] == codes[item, :l]).all(1)
+            same_prefix[0] = False  # padding
+            for k in range(K):
+                under = vectors[same_prefix & (codes[:, l] == k)]
+                f = under.mean(0) if len(under) else torch.zeros(12)
+                assert torch.allclose(z[k], x @ model.output[l][:, k] + (x @ model.ask[l]) @ f, atol=1e-4)
+
+
+def test_an_item_that_is_never_bought_is_told_from_another_by_its_vector(ahead):
+    """Two leaves of one prefix that training has not seen: with equal tables only the vectors differ."""
+    generator, _, model, _ = ahead
+    with torch.no_grad():
+        model.output.zero_()
+    history = torch.randint(1, N + 1, (1, T))
+    _, scores = generator.beam_search(model, model.trie, history, N)
+    assert len(scores[0].unique()) == N
+    with torch.no_grad():
+        model.ask.zero_()
+    items, _ = generator.beam_search(model, model.trie, history, N)
+    size = torch.tensor([len(edges) for edges in model.trie.edges])
+    assert size[-1] == N and sorted(items[0].tolist()) == list(range(1, N + 1))
+
+
+def test_a_hidden_modality_carries_no_vector(ahead):
+    """Masked in training, it tells nothing at all: neither by its codes nor by its vector."""
+    _, _, model, _ = ahead
+    history = torch.randint(1, N + 1, (3, T))
+    hidden = torch.zeros(3, T, 2, 1, dtype=torch.bool)
+    hidden[:, :, 1] = True
+    tokens = model.shown[history]
+    before = model.embed(history, tokens, hidden)
+    model.vectors1.normal_()
+    assert torch.equal(model.embed(history, tokens, hidden), before)
+    model.vectors0.normal_()
+    assert not torch.equal(model.embed(history, tokens, hidden), before)
+
+
+def test_lookahead_runs_from_files_and_needs_their_vectors(scripts, smoke, tmp_path, capsys):
+    run = links(smoke, tmp_path / "run")
+    scripts[5].main(["--run", str(run), "--smoke", "--lookahead", "--name", "lookahead"])
+    top = load(run / "predictions-lookahead-s0.pt")["test"]
+    assert 1 <= top.min() and all(len(set(row)) == len(row) for row in top.tolist())
+    scripts[5].main(["--run", str(run), "--name", "lookahead", "--history", load(run / "data.pt")["item_ids"][3]])
+    saved = load(run / "text_codes.pt")
+    (run / "text_codes.pt").unlink()
+    for change in ({"embeddings": saved["embeddings"][1:]}, {"embeddings": saved["embeddings"] * math.nan}):
+        torch.save(saved | change, run / "text_codes.pt")
+        with pytest.raises(SystemExit) as stop:
+            scripts[5].main(["--run", str(run), "--smoke", "--lookahead"])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "text_codes.pt" in error and "'embeddings'" in error
 
 
 def test_duplicate_codes_are_refused(scripts):
@@ -424,7 +507,7 @@ def test_tokens_of_modalities_do_not_overlap(scripts):
     sizes = {"a": 5, "b": 12, "c": 8}
     sources = {name: source(torch.randint(K, (N + 1, L)), K) for name, K in sizes.items()}
     size = argparse.Namespace(width=16, layers=1, heads=2, head=8, inner=16, dropout=0.0)
-    model = scripts[5].Generator(sources, ["b", "a"], "c", size)
+    model = scripts[5].Generator(sources, ["b", "a"], "c", None, size)
     rows = [set(model.shown[1:, d, l].tolist()) for d in range(2) for l in range(L)]
     rows += [set(model.written[1:, l].tolist()) for l in range(L)] + [set(model.masks.flatten().tolist())]
     rows.append({model.start_token})
