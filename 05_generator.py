@@ -566,6 +566,10 @@ class Generator(nn.Module):
         """
         return x @ self.output[l]                                   # (..., K)
 
+    def tables(self):
+        """What a recommendation looks up, besides weights, tree and codes. -> list of tensors"""
+        return []
+
     def forward(self, history, target, masking=0.0):
         """Training: all codes after all places at once. target[:, t] follows history[:, :t+1].
 
@@ -613,45 +617,65 @@ class Generator(nn.Module):
 # finds is then of one kind. (LIGER, Yang et al. 2024, adds vectors to the history like this.)
 
 
-def unit_vectors(source):
-    """The vectors of a modality, scaled so that their mean squared length is 1. -> (N+1, d)"""
-    x = source["embeddings"].float()                                # (N+1, d), row 0 is padding
-    length = x[1:].square().sum(1).mean().sqrt()                    # ()
-    return x / length.clamp(min=1e-6)                               # (N+1, d)
+class Carry(nn.Module):
+    """The vectors of one modality, brought to the width of the model."""
+
+    def __init__(self, source, E):
+        super().__init__()
+        x = source["embeddings"].float()                            # (N+1, d), row 0 is padding
+        length = x[1:].square().sum(1).mean().sqrt()                # ()
+        x = x / length.clamp(min=1e-6)                              # (N+1, d), of length 1 or so
+        self.register_buffer("vectors", x, persistent=False)
+        self.project = nn.Linear(x.shape[1], E, bias=False)
+        nn.init.normal_(self.project.weight, std=TOKEN_SCALE)
+
+    def forward(self, history):
+        """(B, T) -> (B, T, E)"""
+        return self.project(self.vectors[history])                  # (B, T, E)
 
 
-def what_lies_under(trie, vectors):
-    """f of all nodes below the root. vectors: (N+1, f) -> for each level l (nodes of l+1, f)"""
-    # Behind the nodes of an item's prefixes comes its leaf, where the path ends.
-    leaf = torch.empty_like(trie.leaf_item)                         # (N,)
-    leaf[trie.leaf_item - 1] = torch.arange(len(leaf), device=leaf.device)
-    steps = [*trie.path[1:].unbind(1)[1:], leaf]                    # L of (N,)
-    means = []
-    for node in steps:
-        items = node.bincount()                                     # (nodes,) under each
-        total = torch.zeros(len(items), vectors.shape[1], device=vectors.device)
-        total.index_add_(0, node, vectors[1:])                      # (nodes, f)
-        means.append(total / items.unsqueeze(1))                    # (nodes, f)
-    return means
+class Beneath(nn.Module):
+    """The children of all nodes of level l, and what lies under each of them."""
 
+    def __init__(self, trie, l, vectors):
+        super().__init__()
+        edges = trie.edges[l].cpu()                                 # (nodes of l+1,), sorted
+        nodes = len(edges)
 
-def children(trie, l):
-    """The children of every node of level l, and by which codes: C of them, the most that one has.
+        # f: the mean over the items of each node, which the path knows, and their leaves at last.
+        node = torch.empty(len(vectors) - 1, dtype=torch.long)      # (N,) of level l+1
+        if l + 1 < trie.L:
+            node = trie.path[1:, l + 1].cpu()                       # (N,)
+        else:
+            node[trie.leaf_item.cpu() - 1] = torch.arange(nodes)
+        f = torch.zeros(nodes + 1, vectors.shape[1])                # (nodes + 1, f)
+        f.index_add_(0, node, vectors[1:])
+        f[:nodes] /= node.bincount().unsqueeze(1)
 
-    Where there are fewer, child is the number of nodes, which is none of them, and code is 0.
-    -> child, code (nodes of level l, C) both
-    """
-    edges = trie.edges[l]                                           # (nodes of l+1,), sorted
-    parent = edges // trie.K                                        # (nodes of l+1,)
-    # Siblings stand side by side. How many stand before each of them?
-    number = torch.arange(len(edges), device=edges.device)          # (nodes of l+1,)
-    number = number - torch.searchsorted(parent, parent)            # (nodes of l+1,)
-    shape = (int(parent[-1]) + 1, int(number.max()) + 1)
-    child = torch.full(shape, len(edges), device=edges.device)      # (nodes of l, C)
-    child[parent, number] = torch.arange(len(edges), device=edges.device)
-    code = torch.zeros_like(child)                                  # (nodes of l, C)
-    code[parent, number] = edges % trie.K
-    return child, code
+        # The children of a node stand side by side. How many of them stand before each? C is the
+        # most that a node has. Where one has fewer, the row is filled with the last row of f: 0.
+        parent = edges // trie.K                                    # (nodes of l+1,)
+        place = torch.arange(nodes) - torch.searchsorted(parent, parent)  # (nodes of l+1,)
+        child = torch.full((parent[-1] + 1, place.max() + 1), nodes)  # (nodes of l, C)
+        child[parent, place] = torch.arange(nodes)
+        code = torch.zeros_like(child)                              # (nodes of l, C)
+        code[parent, place] = edges % trie.K
+        self.register_buffer("f", f, persistent=False)
+        self.register_buffer("child", child, persistent=False)
+        self.register_buffer("code", code, persistent=False)
+
+    def forward(self, question, node):
+        """What f of a node's children answers. question: W_l x (..., f), node: (...)
+
+        -> question . f(child) (..., C); the codes that lead to these children (..., C)
+        """
+        f = self.f.to(question.dtype)                               # (nodes + 1, f)
+        if len(self.child) == 1:  # all ask at the root, so that one product does
+            answer = question @ f[self.child[0]].T                  # (..., C)
+        else:
+            f = f[self.child[node]]                                 # (..., C, f)
+            answer = (f @ question.unsqueeze(-1)).squeeze(-1)       # (..., C)
+        return answer, self.code[node]
 
 
 class Lookahead(Generator):
@@ -659,45 +683,27 @@ class Lookahead(Generator):
 
     def __init__(self, sources, modalities, target, trie, size):
         super().__init__(sources, modalities, target, trie, size)
-        vectors = [unit_vectors(sources[name]) for name in modalities]  # D of (N+1, d)
-        self.carry = nn.ModuleList()
-        for d, x in enumerate(vectors):
-            self.carry.append(nn.Linear(x.shape[1], size.width, bias=False))
-            nn.init.normal_(self.carry[d].weight, std=TOKEN_SCALE)
-            self.register_buffer(f"vectors{d}", x, persistent=False)
-
-        under = what_lies_under(trie, torch.cat(vectors, 1).to(trie.path.device))
-        f = under[0].shape[1]
-        self.ask = nn.Parameter(torch.randn(trie.L, size.width, f) * LOOK_SCALE)  # W
-        for l, mean in enumerate(under):
-            child, code = children(trie, l)                         # (nodes of l, C) both
-            nothing = torch.zeros_like(mean[:1])                    # (1, f) under no child
-            mean = torch.cat([mean, nothing])                       # (nodes of l+1, + 1, f)
-            self.register_buffer(f"under{l}", mean, persistent=False)
-            self.register_buffer(f"child{l}", child, persistent=False)
-            self.register_buffer(f"code{l}", code, persistent=False)
+        E = size.width
+        self.carry = nn.ModuleList(Carry(sources[name], E) for name in modalities)
+        vectors = torch.cat([carry.vectors for carry in self.carry], 1)  # (N+1, f)
+        self.beneath = nn.ModuleList(Beneath(trie, l, vectors) for l in range(trie.L))
+        self.ask = nn.Parameter(torch.randn(trie.L, E, vectors.shape[1]) * LOOK_SCALE)  # W
 
     def embed(self, history, tokens, hidden):
         """As above, plus the vector of each token's item and modality, where it is not hidden."""
-        carried = []
-        for d, carry in enumerate(self.carry):
-            carried.append(carry(getattr(self, f"vectors{d}")[history]))  # (B, T, E)
+        carried = [carry(history) for carry in self.carry]          # D of (B, T, E)
         carried = torch.stack(carried, 2).masked_fill(hidden, 0)    # (B, T, D, E)
         return super().embed(history, tokens, hidden) + carried.unsqueeze(3)
 
     def scores(self, x, l, node):
         """z_l(k) = x . output_l[k] + (W_l x) . f(child). x: (..., E), node: (...) -> (..., K)"""
         z = super().scores(x, l, node)                              # (..., K)
-        question = x @ self.ask[l]                                  # (..., f)
-        under = getattr(self, f"under{l}").to(z.dtype)              # (nodes, f)
-        child = getattr(self, f"child{l}")                          # (nodes of l, C)
-        code = getattr(self, f"code{l}")                            # (nodes of l, C)
-        if l == 0:
-            ahead = question @ under[child[0]].T                    # (..., C): all ask at the root
-        else:
-            f = under[child[node]]                                  # (..., C, f)
-            ahead = (f @ question.unsqueeze(-1)).squeeze(-1)        # (..., C)
-        return z.scatter_add(-1, code[node], ahead)                 # (..., K)
+        answer, code = self.beneath[l](x @ self.ask[l], node)       # (..., C) both
+        return z.scatter_add(-1, code, answer)                      # (..., K)
+
+    def tables(self):
+        """As above: the vectors of the items, and what lies under the nodes."""
+        return [*self.carry.buffers(), *self.beneath.buffers()]
 
 
 # --- Beam search: the likeliest items ------------------------------------------------------------
@@ -1107,8 +1113,9 @@ def train_step(model, trie, optimizer, events, args):
 
 def validate(model, trie, data, users, args):
     """NDCG@10 on the validation events of some users. -> float"""
-    top, _ = recommend(model, trie, data, "valid", users, args)     # (n, beam)
-    top = top[:, :10]                                               # (n, 10)
+    # Ten beams find nearly the same ten items as twenty, in half of the time.
+    narrow = argparse.Namespace(**vars(args) | {"beam": min(10, args.beam)})
+    top, _ = recommend(model, trie, data, "valid", users, narrow)   # (n, 10)
     target = data["events"][data["offsets"][1 + users] - 2]         # (n,)
     hit = top == target.unsqueeze(1)                                # (n, 10)
     # The item at place 0 counts 1 / log2(2), at place 1 1 / log2(3), ..
@@ -1138,7 +1145,7 @@ def write_recommendations(model, trie, state, run, data, args):
     valid, _ = recommend(model, trie, data, "valid", everyone, args)  # (U, beam)
 
     # What is needed to recommend: weights, tree, and the codes that histories show, in int16.
-    tensors = [*model.parameters(), *trie.edges, *trie.allowed, trie.leaf_item]
+    tensors = [*model.parameters(), *trie.edges, *trie.allowed, trie.leaf_item, *model.tables()]
     bytes_of_codes = 2 * model.shown[1:].numel()
     run.save({
         "name": args.name,

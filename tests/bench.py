@@ -141,8 +141,9 @@ def some_generator(five, N):
     """An untrained generator of that SHAPE, and its tree."""
     torch.manual_seed(0)
     sources = random_sources(N)
-    model = five.Generator(sources, MODALITIES, "collab", argparse.Namespace(**SHAPE))
-    return model, five.Trie(sources["collab"]["codes"], K)
+    trie = five.Trie(sources["collab"]["codes"], K)
+    model = five.Generator(sources, MODALITIES, "collab", trie, argparse.Namespace(**SHAPE))
+    return model, trie
 
 
 def matmul_rate(dtype):

@@ -717,8 +717,8 @@ def growth(args):
         sasrec = script(2).SASRec(N, T=20, E=64, H=2, layers=2, dropout=0.5).eval()
         five = script(5)
         sources = random_sources(N)
-        generator = five.Generator(sources, MODALITIES, "collab", SIZE).eval()
         trie = five.Trie(sources["collab"]["codes"], K)
+        generator = five.Generator(sources, MODALITIES, "collab", trie, SIZE).eval()
 
         megabytes = [sasrec.items.weight[1:].nbytes / 1e6, bytes_of_items(generator, trie) / 1e6]
         seconds = []

@@ -281,9 +281,9 @@ def test_a_hidden_modality_carries_no_vector(ahead):
     hidden[:, :, 1] = True
     tokens = model.shown[history]
     before = model.embed(history, tokens, hidden)
-    model.vectors1.normal_()
+    model.carry[1].vectors.normal_()
     assert torch.equal(model.embed(history, tokens, hidden), before)
-    model.vectors0.normal_()
+    model.carry[0].vectors.normal_()
     assert not torch.equal(model.embed(history, tokens, hidden), before)
 
 
@@ -462,7 +462,7 @@ def test_the_epoch_is_chosen_on_validation(scripts, smoke, tmp_path):
     for name in ("image_codes.pt", "text_codes.pt", "collab_codes.pt"):
         torch.save(load(smoke[0] / name) | {"made_from": {}}, other / name)
     for folder in (run, other):
-        scripts[5].main(["--run", str(folder), "--smoke", "--epochs", "3", "--lr", "0.01"])
+        scripts[5].main(["--run", str(folder), "--smoke", "--epochs", "3", "--lr", "0.01", "--beam", "10"])
     ours, theirs = (load(folder / "generator-mscgrec.pt") for folder in (run, other))
     assert torch.equal(ours["ndcg"], theirs["ndcg"]) and ours["ndcg"].unique().numel() == 3
     assert all(torch.equal(ours["weights"][name], theirs["weights"][name]) for name in ours["weights"])
