@@ -218,6 +218,16 @@ def test_a_catalogue_that_fits_few_events_is_said_with_ids_of_both(tmp_path):
     assert "lines of the catalogue are of 02, 03, 04" in done.stdout
 
 
+def test_where_tables_have_ids_of_several_kinds_they_meet_in_the_one_that_both_have(tmp_path):
+    events = [f"u{u},x{i},{i},{START + i}" for u in range(6) for i in range(6)]
+    write(tmp_path / "folder" / "e.csv", ["user_id,item_id,movieId,timestamp", *events])
+    write(tmp_path / "folder" / "i.csv", ["asin,MovieID,title", *(f"B{i},{i},Film {i}" for i in range(6))])
+    done = run(tmp_path / "run", "--dataset", tmp_path / "folder", "--image-size", 8)
+    data, _ = read(tmp_path / "run")
+    assert data["item_ids"][1:] == list("012345") and data["titles"][6] == "Film 5"
+    assert "movieId or item_id is item" in done.stdout and "MovieID or asin is item" in done.stdout
+
+
 def test_a_parent_asin_that_is_null_falls_back_on_asin_and_an_id_may_be_a_whole_float(tmp_path):
     lines = []
     for u in range(6):
@@ -286,7 +296,7 @@ def test_the_python_that_is_offered_makes_a_table(tmp_path, monkeypatch, name):
     (folder / name).write_bytes(NOT_READ[name][0])
     said = one_sentence(run(tmp_path / "run", "--dataset", folder, ok=False))
     monkeypatch.chdir(folder)
-    offered = re.search(r"(import json; |text = open).*?(?=, or as its columns|\.$)", said)[0]
+    offered = re.search(r"(import json; |text = open).*?(?=, with a name for each column|\.$)", said)[0]
     exec(offered, {})
     tables = [data_script.look_at(path) for path in data_script.find_tables(folder)]
     assert any(table.columns.keys() >= {"user", "item", "time"} for table in tables)
