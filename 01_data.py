@@ -640,7 +640,7 @@ WHAT_TO_DO = {  # about what is lost
     "no user": "the column of users is empty, or holds no id",
     "no item": "the column of items is empty, or holds no id",
     "bad time": "neither a number from 0 nor a date as 2020-09-13 12:26:40",
-    "not in the catalogue": "no title and no text: are ids written alike?",
+    "not in the catalogue": "they have neither title nor text",
     "picture is a URL, not fetched": "--fetch-images fetches them into the folder",
 }
 
@@ -654,15 +654,17 @@ def print_summary(data):
     N = len(data["item_ids"]) - 1
     events = len(data["events"])
     with_picture = data["has_image"].sum().item() / N
-    with_title = np.count_nonzero(data["titles"]) / N
-    with_text = np.count_nonzero(data["texts"]) / N
-    fields = zip(data["titles"], data["texts"], map("".join, data["categories"]))
-    with_words = sum(re.search(r"\w", "".join(field)) is not None for field in fields) / N
+    with_title = sum(1 for title in data["titles"] if title) / N
+    with_text = sum(1 for text in data["texts"] if text) / N
+    with_words = 0
+    for title, text, categories in zip(data["titles"], data["texts"], data["categories"]):
+        if re.search(r"\w", title + text + "".join(categories)):
+            with_words += 1
     # Density: the share of all pairs of user and item that are events.
     print(f"\nU {U:,} users, N {N:,} items, {events:,} events: {events / U:.1f} a user, "
           f"{events / N:.1f} an item, density {events / U / N:.3%}")
-    print(f"items with a picture, for 03: {with_picture:.1%}; with words, for 04: {with_words:.1%} "
-          f"(a title {with_title:.1%}, a text {with_text:.1%})")
+    print(f"items with a picture, for 03: {with_picture:.1%}; with words, for 04: "
+          f"{with_words / N:.1%} (a title {with_title:.1%}, a text {with_text:.1%})")
 
     train_counts = data["train_counts"].numpy()                 # (N+1,)
     popular = most_bought(train_counts)                         # (N,)
@@ -727,6 +729,7 @@ def open_folder(folder, run, counts):
     tables = [look_at(path) for path in find_tables(folder)]
     log = choose_log(folder, tables)
     catalogue = choose_catalogue(folder, tables, log)
+    join_by_common_ids(log, catalogue)
     say_what_is_read(folder, log, catalogue, tables)
 
     # data.pt remembers which files it was made of.
@@ -740,8 +743,9 @@ def open_folder(folder, run, counts):
 
 def events_of(log, counts):
     """Yields (user id, item id, time), as the rows of the log have them."""
+    users, items, times = [log.columns[field] for field in EVENT]
     for row in read_table(log.path, counts):
-        yield tuple(first_filled(row, log.columns[field]) for field in EVENT)
+        yield first_filled(row, users), first_filled(row, items), first_filled(row, times)
 
 
 def items_of(catalogue, counts):
@@ -806,7 +810,7 @@ def picture_finder(folder):
     def open_picture(item_id, picture):
         names = [cached_name(item_id), picture]  # the first is where fetched ones are put
         for place in places:
-            names += [f"{place}/{item_id}{ending}" for ending in PICTURE_ENDINGS]
+            names += [f"{place}/{item_id}.{kind}" for kind in PICTURE_ENDINGS]
         for name in names:
             # Joined as texts, as Path(folder) / "/etc/x" leaves the folder; ".." would, too.
             path = f"{folder}/{name}"
@@ -838,7 +842,7 @@ NO_OBJECTS = (
 NO_ROWS = "has no row with as many columns as its header: {first}"
 NO_HEADER = (
     "has no header, its first line is {first}: text = open('{name}').read(); "
-    "open('{name}', 'w').write('user_id,item_id,timestamp\\n' + text), or as its columns are")
+    "open('{name}', 'w').write('user_id,item_id,timestamp\\n' + text), with a name for each column")
 
 
 def find_tables(folder):
@@ -884,24 +888,31 @@ def look_at(path):
     if not problem:
         lost = collections.Counter()
         for row in read_table(path, lost, FIRST_LINES):
-            names.update(dict.fromkeys(row))
-        numbers = [name for name in names if name.isdigit()]
-        if lost and not names and head.strip():
-            problem = NO_OBJECTS if ending(path) in JSON_ENDINGS else NO_ROWS
-        elif numbers and not columns_of(names):
-            problem = NO_HEADER
+            names.update(dict.fromkeys(str(name) for name in row))
+        problem = doubt(path, names, bool(lost and head.strip()))
     first = listed(head.decode("utf-8", "replace").splitlines()[:1])
     problem = problem.format(name=path.name.removesuffix(".gz"), first=first)
     return Table(path, list(names), columns_of(names), problem)
 
 
 def foreign(path, head):
-    """What a file is that begins with these bytes, "" if it may be a table."""
+    """What a file is that begins with these bytes; "" if it may be a table."""
     if ending(path) == ".zip":
         return "is a zip archive: unpack it"
     for first_bytes, problem in FIRST_BYTES.items():
         if head.startswith(first_bytes):
             return problem
+    return ""
+
+
+def doubt(path, names, lost):
+    """Why a file is no table for us, though it looks like one; "" if it is. lost: lines were"""
+    if ending(path) in JSON_ENDINGS:
+        return NO_OBJECTS if lost and not names else ""
+    if lost and not names:
+        return NO_ROWS
+    if not columns_of(names) and any(name.isdigit() for name in names):
+        return NO_HEADER
     return ""
 
 
@@ -976,6 +987,17 @@ def largest(folder, tables, what):
     return best
 
 
+def join_by_common_ids(log, catalogue):
+    """Where tables have ids of several kinds, those that both have are preferred."""
+    if catalogue is None:
+        return
+    of_log = {folded(name) for name in log.columns["item"]}
+    of_catalogue = {folded(name) for name in catalogue.columns["item"]}
+    for table in (log, catalogue):
+        # False sorts before True; else the order stays.
+        table.columns["item"].sort(key=lambda name: folded(name) not in of_log & of_catalogue)
+
+
 def check_times(log):
     """Ends the script where none of the first rows has a time that is understood."""
     strange = None
@@ -999,7 +1021,7 @@ def say_what_is_read(folder, log, catalogue, tables):
     else:
         fields = [field for field in COLUMNS if field not in ("user", "time")]
         print(f"items: {meanings(folder, catalogue, fields)}")
-    others = [table for table in tables if table is not log and table is not catalogue]
+    others = [table for table in tables if table not in (log, catalogue)]
     if others:
         print(f"not read: {listed(table.path.relative_to(folder) for table in others)}")
 
@@ -1271,8 +1293,8 @@ def strings(value, depth=4):
         return found
     if type(value) not in (str, int):
         return []
-    # One line, without control characters. A byte that was no UTF-8 came along as half a letter
-    # (a lone surrogate): it becomes a question mark.
+    # One line, without control characters. JSON may hold half a letter, "\\ud800" (a lone
+    # surrogate), which cannot be written: it becomes a question mark.
     text = " ".join(str(value)[:10_000].split())
     text = re.sub(r"[\0-\x1f\x7f-\x9f]", "", text)
     text = text.encode("utf-8", "replace").decode()
@@ -1289,7 +1311,7 @@ DECODERS = 4   # pictures that are decoded at once: a large one takes 200 MB, an
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # Pillow would run a program for PostScript
 PICTURE_ENDINGS = []
 for word in ("jpg", "jpeg", "png", "webp"):
-    PICTURE_ENDINGS += [f".{word}", f".{word.upper()}", f".{word.title()}"]
+    PICTURE_ENDINGS += [word, word.upper(), word.title()]
 
 # A small file can unpack to fill the memory. Pillow refuses to open what has more than twice
 # MAX_IMAGE_PIXELS, and warns of half of that; a phone's photos have 48 or 50 million. What is to be

@@ -218,13 +218,23 @@ def test_a_catalogue_that_fits_few_events_is_said_with_ids_of_both(tmp_path):
     assert "lines of the catalogue are of 02, 03, 04" in done.stdout
 
 
+def test_where_tables_have_ids_of_several_kinds_they_meet_in_the_one_that_both_have(tmp_path):
+    events = [f"u{u},x{i},{i},{START + i}" for u in range(6) for i in range(6)]
+    write(tmp_path / "folder" / "e.csv", ["user_id,item_id,movieId,timestamp", *events])
+    write(tmp_path / "folder" / "i.csv", ["asin,MovieID,title", *(f"B{i},{i},Film {i}" for i in range(6))])
+    done = run(tmp_path / "run", "--dataset", tmp_path / "folder", "--image-size", 8)
+    data, _ = read(tmp_path / "run")
+    assert data["item_ids"][1:] == list("012345") and data["titles"][6] == "Film 5"
+    assert "movieId or item_id is item" in done.stdout and "MovieID or asin is item" in done.stdout
+
+
 def test_a_parent_asin_that_is_null_falls_back_on_asin_and_an_id_may_be_a_whole_float(tmp_path):
     lines = []
     for u in range(6):
         for i in range(6):
             lines.append(json.dumps({"user_id": f"u{u}", "parent_asin": None, "asin": float(i), "timestamp": i}))
     write(tmp_path / "folder" / "e.jsonl", lines)
-    write(tmp_path / "folder" / "i.jsonl", [json.dumps({"asin": i, "title": f"Film {i}"}) for i in range(6)])
+    write(tmp_path / "folder" / "i.jsonl", [json.dumps({"parent_asin": i, "title": f"Film {i}"}) for i in range(6)])
     run(tmp_path / "run", "--dataset", tmp_path / "folder", "--image-size", 8)
     data, _ = read(tmp_path / "run")
     assert data["item_ids"][1:] == list("012345") and data["titles"][6] == "Film 5"
@@ -286,7 +296,7 @@ def test_the_python_that_is_offered_makes_a_table(tmp_path, monkeypatch, name):
     (folder / name).write_bytes(NOT_READ[name][0])
     said = one_sentence(run(tmp_path / "run", "--dataset", folder, ok=False))
     monkeypatch.chdir(folder)
-    offered = re.search(r"(import json; |text = open).*?(?=, or as its columns|\.$)", said)[0]
+    offered = re.search(r"(import json; |text = open).*?(?=, with a name for each column|\.$)", said)[0]
     exec(offered, {})
     tables = [data_script.look_at(path) for path in data_script.find_tables(folder)]
     assert any(table.columns.keys() >= {"user", "item", "time"} for table in tables)
@@ -444,7 +454,7 @@ def test_the_shares_that_are_said_are_those_that_03_and_04_find(tmp_path, script
 
 
 def test_smoke_keeps_a_dense_part_of_a_sparse_shop(tmp_path):
-    """1500 items of which few are frequent, 3000 users with 4 events each: of 200 users drawn by chance none is left."""
+    """1500 items of which few are frequent, 3000 users with 4 events: the users stay who have most of the frequent."""
     rng = np.random.default_rng(0)
     lines = []
     for user in range(3000):
@@ -454,7 +464,7 @@ def test_smoke_keeps_a_dense_part_of_a_sparse_shop(tmp_path):
     run(tmp_path / "run", "--dataset", tmp_path / "folder", "--smoke", "--image-size", 8)
     data, _ = read(tmp_path / "run")
     assert len(data["user_ids"]) == 200 and 20 <= len(data["item_ids"]) - 1 <= 60
-    assert data["meta"]["options"]["k_core"] == 1
+    assert data["offsets"].diff().min() == 4 and data["meta"]["options"]["k_core"] == 1
     said = one_sentence(run(tmp_path / "run", "--dataset", tmp_path / "folder", "--smoke", "--k-core", 200, ok=False))
     assert "200-core" in said
 
