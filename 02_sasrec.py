@@ -56,8 +56,8 @@ except ImportError:  # Windows
 
 SAMPLED_FROM = 50_000      # items; larger catalogues train with a sampled softmax
 NEGATIVES = 4096           # items that it draws, once a step, for all targets of the step
-WARM_UP = 100              # steps in which the learning rate rises to its value
-VALIDATION_USERS = 20_000  # at the most; their validation events decide when training stops
+WARM_UP = 0.05             # share of the training in which the learning rate rises
+VALIDATION_USERS = 20_000  # at the most; their validation events decide which epoch is kept
 RANKED_EVENTS = 8192       # events read at once when users are ranked
 
 
@@ -312,6 +312,25 @@ def binary_cross_entropy(hidden, vectors, target):
     return (F.softplus(-right) + F.softplus(wrong)).sum()               # ()
 
 
+# --- The learning rate ---------------------------------------------------------------------------
+# It ends at zero after a number of epochs that is known before. To stop when validation no longer
+# gets better saves time, but it takes a plateau for the end: a model may stand still for many
+# epochs before it finds what the data hold (tests/README.md), and a baseline that is stopped there
+# is none.
+
+
+def learning_rate(highest, progress):
+    """highest * min(1, p / WARM_UP) * (1 + cos(pi p)) / 2, at the share p of all training.
+
+    It rises at first, as Adam divides by a mean of squared gradients that it does not know yet.
+    It is high for long, to get far. Then it falls: each batch pulls the weights its own way, and
+    small steps settle in the middle of these pulls, where large ones jump about.
+    """
+    rise = min(1, progress / WARM_UP)
+    fall = (1 + math.cos(math.pi * progress)) / 2
+    return highest * rise * fall
+
+
 # --- Ranking -------------------------------------------------------------------------------------
 # All N items are ranked for every user, never a sample of them. What a user had before stays in the
 # ranking, as in most papers on codes (what that costs: tests/README.md).
@@ -529,10 +548,9 @@ def options(argv):
     add("--layers", type=int, default=2, help="transformer blocks")
     add("--heads", type=int, default=2, help="H: attention heads")
     add("--dropout", type=float, default=0.5, help="share of activations dropped in training")
-    add("--lr", type=float, default=1e-3, help="learning rate of Adam")
-    add("--batch", type=int, default=128, help="targets a training step, of each process")
-    add("--epochs", type=int, default=200, help="at the most")
-    add("--patience", type=int, default=12, help="epochs without a better NDCG@10 before it stops")
+    add("--lr", type=float, default=2e-3, help="the highest learning rate of Adam")
+    add("--batch", type=int, default=512, help="targets a training step, of each process")
+    add("--epochs", type=int, default=60, help="passes over the training events, all are made")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
@@ -618,7 +636,7 @@ def count_parameters(model):
 
 
 def train(model, run, data, args):
-    """Epochs until validation has not improved for --patience of them. -> state, with the best one
+    """All epochs, each followed by validation. -> state, with the best one
 
     state: losses and ndcg of each epoch, step, seconds, best (weights by name).
     """
@@ -632,16 +650,12 @@ def train(model, run, data, args):
     began = time.time() - state["seconds"]  # the time of a stopped run counts
 
     for epoch in range(len(state["losses"]), args.epochs):
-        best = max(state["ndcg"], default=-1)
-        if epoch > 0:
-            since_best = epoch - 1 - state["ndcg"].index(best)
-            if since_best >= args.patience:
-                break
         loss = train_epoch(model, replica, optimizer, state, epoch, data, args)
         if args.max_steps:
             break
         ndcg = validate(model, data, validation_users, args)
-        if ndcg > best:  # the epoch is chosen on validation, never on test  [6]
+        # The epoch is chosen on validation, never on test.  [6]
+        if ndcg > max(state["ndcg"], default=-1):
             weights = model.state_dict().items()
             state["best"] = {name: weight.cpu().clone() for name, weight in weights}
         state["losses"].append(loss)
@@ -684,13 +698,16 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         todo = batches[:args.max_steps]
     shown = f"epoch {epoch}, best NDCG@10 {max(state['ndcg'], default=0):.4f}"
     began = time.time()
-    for batch in tqdm(todo, shown, leave=False, disable=None):  # None: only on a terminal
+    bar = tqdm(todo, shown, leave=False, disable=None)  # None: only on a terminal
+    for number, batch in enumerate(bar):
         place = torch.arange(int(length[batch[0]]) + 1)                 # (T+1,)
         share = batch[args.rank::args.world]                            # (B,) of this process
         events = data["events"][start[share, None] + place]             # (B, T+1)
         events = events.long().to(args.device)                          # (B, T+1)
         state["step"] += 1
-        lr = args.lr * min(1, state["step"] / WARM_UP)
+        # The cuts of long histories move, so epochs differ in steps: count within this epoch.
+        progress = (epoch + (number + 0.5) / len(batches)) / args.epochs
+        lr = learning_rate(args.lr, progress)
         total += train_step(model, replica, optimizer, lr, events, log_q, args)
         targets += len(batch) * (len(place) - 1)
         if not math.isfinite(total):
