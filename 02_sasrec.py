@@ -175,6 +175,11 @@ class Block(nn.Module):
         return x + self.feed_forward(self.norm2(x))                     # (B, T, E)
 
 
+def normed(x):
+    """Mean 0 and variance 1 in every row (a row of zeros stays so). x: (.., E) -> (.., E)"""
+    return F.layer_norm(x, x.shape[-1:])                                # (.., E)
+
+
 class SASRec(nn.Module):
     """Reads histories and says at each place which item may come next.
 
@@ -203,9 +208,18 @@ class SASRec(nn.Module):
         return self.items.weight + self.project(self.content)           # (N+1, E)
 
     def embed(self, history):
-        """Which item, and at which place. (B, T) -> (B, T, E)"""
+        """Which item, what else is known of it, and at which place. (B, T) -> (B, T, E)
+
+        Item and content are normed before they are added. Content is learnt first, as items share
+        it; were it longer, it would drown which item this is, and validation would stand still.
+        Both are short beside what the blocks add to them: what comes out shall tell what is wanted
+        next, not repeat what was taken last.
+        """
         place = torch.arange(history.shape[1], device=history.device)   # (T,)
-        return F.embedding(history, self.vectors()) + self.positions(place)  # (B, T, E)
+        x = normed(self.items(history))                                 # (B, T, E)
+        if self.project is not None:
+            x = x + normed(self.project(self.content[history]))         # (B, T, E)
+        return 0.1 * x + self.positions(place)                          # (B, T, E)
 
     def forward(self, history):
         """Item ids (B, T) -> what is wanted after each of them (B, T, E)"""
@@ -216,9 +230,7 @@ class SASRec(nn.Module):
 
 
 def initialise(module):
-    """Small random weights, as in GPT-2: the first loss is near that of a uniform guess (with
-    --content it is above that, as those vectors are long).
-    """
+    """Small random weights, as in GPT-2: the first loss is near that of a uniform guess."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
 
@@ -616,7 +628,10 @@ def build(run, data, args):
         for modality in args.content.split(","):
             codes = run.load(f"{modality}_codes.pt", f"the script of {modality}_codes.pt")
             parts.append(codes["embeddings"])                           # (N+1, d) of this modality
-        content = torch.cat(parts, 1).to(args.device)                   # (N+1, d) of all
+        content = torch.cat(parts, 1)                                   # (N+1, d) of all
+        # Adam moves every weight by as much. Vectors of length 1, not of length sqrt(d), keep what
+        # is learnt of content from running ahead of what is learnt of single items.
+        content = content.to(args.device) / math.sqrt(content.shape[1])  # (N+1, d)
 
     kind = PostNormSASRec if args.post_norm else SASRec
     N = len(data["item_ids"]) - 1
