@@ -560,9 +560,10 @@ def options(argv):
     add("--layers", type=int, default=2, help="transformer blocks")
     add("--heads", type=int, default=2, help="H: attention heads")
     add("--dropout", type=float, default=0.5, help="share of activations dropped in training")
-    add("--lr", type=float, default=2e-3, help="the highest learning rate of Adam")
+    add("--lr", type=float, default=4e-3, help="the highest learning rate of AdamW")
+    add("--weight-decay", type=float, default=0.2, help="of matrices, times the learning rate")
     add("--batch", type=int, default=512, help="targets a training step, of each process")
-    add("--epochs", type=int, default=60, help="passes over the training events, all are made")
+    add("--epochs", type=int, default=40, help="passes over the training events, all are made")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
@@ -593,6 +594,8 @@ def check(args):
         fail(f"--dropout {args.dropout}: from 0 to below 1.")
     if not 0 < args.lr < math.inf:
         fail(f"--lr {args.lr}: above 0.")
+    if not 0 <= args.weight_decay < math.inf:
+        fail(f"--weight-decay {args.weight_decay}: from 0.")
     if not 0 <= args.seed < 2 ** 32:
         fail(f"--seed {args.seed}: from 0 to below 2^32.")
     if args.max_steps < 0:
@@ -659,7 +662,7 @@ def train(model, run, data, args):
     replica = model  # the model itself, or what makes several processes agree on its gradients
     if args.world > 1:
         replica = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)  # each step sets its rate
+    optimizer = optimizer_of(model, args)
     checkpoint = f"{args.name}.checkpoint"
     state = resume(run, checkpoint, args, model=model, optimizer=optimizer)
     began = time.time() - state["seconds"]  # the time of a stopped run counts
@@ -687,6 +690,19 @@ def train(model, run, data, args):
         print(f"{len(state['ndcg'])} epochs, {state['seconds']:.0f} s; the best is epoch "
               f"{state['ndcg'].index(best)}: validation NDCG@10 {best:.4f}")
     return state
+
+
+def optimizer_of(model, args):
+    """AdamW: each step also takes lr * --weight-decay of a weight away. -> torch.optim.AdamW
+
+    Most items are rare, and Adam moves a rare item's vector by as much as any other's, mostly by
+    chance. The decay takes back what no later event confirms. Norms and biases are left alone.
+    """
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    rest = [weight for weight in model.parameters() if weight.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, fused=True)  # each step sets its rate
 
 
 def train_epoch(model, replica, optimizer, state, epoch, data, args):
@@ -737,7 +753,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
 
 
 def train_step(model, replica, optimizer, lr, events, log_q, args):
-    """One step of Adam. events: (B, T+1), each of them but the first is a target.
+    """One step of AdamW. events: (B, T+1), each of them but the first is a target.
 
     log_q: (N+1,) for the sampled softmax, else None -> this process's loss, summed over targets
     """
@@ -755,7 +771,8 @@ def train_step(model, replica, optimizer, lr, events, log_q, args):
 
     # Divided by --batch, not by n: a target weighs the same in a batch that is smaller.
     (loss / args.batch).backward()
-    optimizer.param_groups[0]["lr"] = lr
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
