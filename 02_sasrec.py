@@ -212,14 +212,12 @@ class SASRec(nn.Module):
 
         Item and content are normed before they are added. Content is learnt first, as items share
         it; were it longer, it would drown which item this is, and validation would stand still.
-        Both are short beside what the blocks add to them: what comes out shall tell what is wanted
-        next, not repeat what was taken last.
         """
         place = torch.arange(history.shape[1], device=history.device)   # (T,)
         x = normed(self.items(history))                                 # (B, T, E)
         if self.project is not None:
             x = x + normed(self.project(self.content[history]))         # (B, T, E)
-        return 0.1 * x + self.positions(place)                          # (B, T, E)
+        return x + self.positions(place)                                # (B, T, E)
 
     def forward(self, history):
         """Item ids (B, T) -> what is wanted after each of them (B, T, E)"""
