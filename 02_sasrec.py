@@ -559,9 +559,9 @@ def options(argv):
     add("--heads", type=int, default=2, help="H: attention heads")
     add("--dropout", type=float, default=0.5, help="share of activations dropped in training")
     add("--lr", type=float, default=4e-3, help="the highest learning rate of AdamW")
-    add("--weight-decay", type=float, default=0.2, help="of matrices, times the learning rate")
+    add("--weight-decay", type=float, default=0.6, help="of matrices, times the learning rate")
     add("--batch", type=int, default=512, help="targets a training step, of each process")
-    add("--epochs", type=int, default=40, help="passes over the training events, all are made")
+    add("--epochs", type=int, default=30, help="passes over the training events, all are made")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
