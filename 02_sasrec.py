@@ -2,9 +2,11 @@
 
 SASRec (Kang and McAuley, 2018) turns a history into a vector, whose inner product with the
 embedding e_i of item i is the score of i as the next item; it learns from the training events,
-which are all of a user's but the last two. Its recommendations are the baseline of this repository.
-Residual k-means then cuts each embedding into codes, the collaborative modality of MSCGRec (arXiv
-2602.03713): r_0 = e_i;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;  r_l = r_{l-1} - C_l[c_l].
+which are all of a user's but the last two. The learning rate falls to zero over a stated number of
+epochs; the epoch is kept that is best on validation. Its recommendations are the baseline of this
+repository. Residual k-means then cuts each embedding into codes, the collaborative modality of
+MSCGRec (arXiv 2602.03713): r_0 = e_i;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;
+r_l = r_{l-1} - C_l[c_l].
 
     python 02_sasrec.py                          # after 01_data.py
     torchrun --nproc_per_node=2 -- 02_sasrec.py  # several GPUs; "--": torchrun would take --run
