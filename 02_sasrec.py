@@ -212,8 +212,9 @@ class SASRec(nn.Module):
     def embed(self, history):
         """Which item, what else is known of it, and at which place. (B, T) -> (B, T, E)
 
-        Item and content are normed before they are added. Content is learnt first, as items share
-        it; were it longer, it would drown which item this is, and validation would stand still.
+        Item and content are normed before they are added, which shortens the plateau of SASRec with
+        content (tests/README.md). Equal lengths alone do not explain it: a tenth as long, both
+        still stand still.
         """
         place = torch.arange(history.shape[1], device=history.device)   # (T,)
         x = normed(self.items(history))                                 # (B, T, E)
@@ -632,8 +633,8 @@ def build(run, data, args):
             codes = run.load(f"{modality}_codes.pt", f"the script of {modality}_codes.pt")
             parts.append(codes["embeddings"])                           # (N+1, d) of this modality
         content = torch.cat(parts, 1)                                   # (N+1, d) of all
-        # Adam moves every weight by as much. Vectors of length 1, not of length sqrt(d), keep what
-        # is learnt of content from running ahead of what is learnt of single items.
+        # Adam moves every weight by as much, so long vectors would make content learn faster than
+        # single items: they get length 1, not sqrt(d).
         content = content.to(args.device) / math.sqrt(content.shape[1])  # (N+1, d)
 
     kind = PostNormSASRec if args.post_norm else SASRec
@@ -695,8 +696,8 @@ def train(model, run, data, args):
 def optimizer_of(model, args):
     """AdamW: each step also takes lr * --weight-decay of a weight away. -> torch.optim.AdamW
 
-    Most items are rare, and Adam moves a rare item's vector by as much as any other's, mostly by
-    chance. The decay takes back what no later event confirms. Norms and biases are left alone.
+    The decay pulls the vectors of items, most of which are rare, towards zero. How much was chosen
+    on validation. Norms and biases are left alone.
     """
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     rest = [weight for weight in model.parameters() if weight.ndim == 1]
