@@ -1,5 +1,6 @@
 """SASRec: causal, its loss the full softmax, its ranking complete; the sampled softmax agrees with the full one."""
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -8,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import command, run_script
+from conftest import command, run_script, script
 
 
 def model_of(scripts, kind="SASRec", layers=2):
@@ -30,8 +31,8 @@ def test_later_items_change_nothing_before_them(scripts, kind):
 def test_the_post_norm_variant_norms_what_comes_in_and_adds_its_head_to_what_comes_out(scripts):
     model = model_of(scripts, "PostNormSASRec", layers=0)
     history = torch.randint(1, 31, (4, 6))
-    vectors = model.items.weight[history] + model.positions.weight[:6]
-    normed = torch.nn.functional.layer_norm(vectors, (16,))
+    norm = torch.nn.LayerNorm(16)  # no weights that were learnt
+    normed = norm(norm(model.items.weight[history]) + model.positions.weight[:6])
     torch.testing.assert_close(model(history), normed + normed @ model.head.weight.T + model.head.bias)
 
 
@@ -158,7 +159,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_pat
 def test_the_death_of_a_process_ends_the_run(smoke, tmp_path):
     os.symlink(smoke[0] / "data.pt", tmp_path / "data.pt")
     process = subprocess.Popen(command(2, "--run", tmp_path, "--smoke", "--device", "cpu", "--epochs", 100_000,
-                                       "--patience", 100_000, processes=2),
+                                       processes=2),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
     while not (tmp_path / "sasrec.checkpoint").exists():
@@ -203,6 +204,21 @@ def test_content_moves_an_item_that_was_never_bought(scripts):
         model.items.weight[6:9] = 0.0
         vectors = model.vectors()
     assert torch.equal(vectors[7], vectors[8]) and not torch.allclose(vectors[6], vectors[7])
+
+
+def test_content_that_is_long_does_not_drown_which_item_it_is(scripts):
+    """A thousand times as long, it goes in as before; an item without content goes in by itself."""
+    content = torch.randn(31, 5)
+    content[9] = 0.0
+    model = scripts[2].SASRec(30, 6, 16, 2, 1, 0.0, content)
+    history = torch.tensor([[1, 9, 3]])
+    before = model.embed(history)
+    model.content = 1000 * content
+    torch.testing.assert_close(model.embed(history), before, atol=1e-3, rtol=1e-3)
+    model.project = None
+    alone = model.embed(history)
+    torch.testing.assert_close(alone[:, 1], before[:, 1])
+    assert (alone[:, 0] - before[:, 0]).abs().max() > 0.01
 
 
 # --- The loops: epochs, validation, processes -------------------------------------------------------------------------
@@ -271,7 +287,62 @@ def test_each_epoch_draws_anew_and_each_process_its_own_dropout(scripts, smoke, 
     assert len({drawn, *(by_other for _, by_other in others)}) == 4, "processes do not share their dropout"
 
 
-def test_a_step_warms_up_and_a_target_weighs_the_same_in_every_batch(scripts):
+def test_the_learning_rate_rises_then_falls_and_ends_at_nothing(scripts):
+    """By hand: half of the rise, its end, the middle of the training, its end."""
+    s = scripts[2]
+    rises = s.WARM_UP
+    for progress, share in ((rises / 2, 0.5 * (1 + math.cos(math.pi * rises / 2)) / 2),
+                            (rises, (1 + math.cos(math.pi * rises)) / 2), (0.5, 0.5), (1, 0)):
+        assert s.learning_rate(0.01, progress) == pytest.approx(0.01 * share, abs=1e-12)
+
+
+def test_each_step_takes_its_place_in_the_schedule_however_many_steps_an_epoch_has(scripts, smoke, monkeypatch):
+    """Three epochs, their rates in a row: one rise, one fall, no jump between epochs, at last next to nothing."""
+    s, data, rates = scripts[2], torch.load(smoke[0] / "data.pt", weights_only=True), []
+    monkeypatch.setattr(s, "train_step", lambda *given: rates.append(given[3]) or 0.0)
+    args = s.options(["--smoke", "--device", "cpu", "--epochs", "3", "--batch", "16"])
+    args.rank, args.world = 0, 1
+    model = s.SASRec(len(data["item_ids"]) - 1, 20, 16, 2, 1, 0.5)
+    for epoch in range(3):
+        s.train_epoch(model, model, None, {"step": 0, "ndcg": []}, epoch, data, args)
+    rates = torch.tensor(rates)
+    highest = rates.argmax()
+    assert (rates[:highest + 1].diff() > 0).all() and (rates[highest:].diff() < 0).all()
+    assert 0 < rates[-1] < 0.001 * args.lr and rates.max() > 0.95 * args.lr
+    assert rates.diff().abs().max() < 0.1 * args.lr
+
+
+def test_validation_that_stands_still_ends_nothing_and_the_best_epoch_is_kept(scripts, smoke, tmp_path, monkeypatch):
+    """A plateau of twenty epochs, then a better one, then worse: all are made, and that one is kept."""
+    s, weights = script(2), []
+    figures = [0.1, *[0.05] * 20, 0.3, 0.2]
+    monkeypatch.setattr(s, "validate", lambda model, *rest: (
+        weights.append(model.items.weight.detach().clone()), figures[len(weights) - 1])[1])
+    folder, _ = small_run(smoke, tmp_path, "plateau")
+    s.main(["--run", str(folder), "--smoke", "--device", "cpu", "--epochs", str(len(figures)), "--lr", "0.01"])
+    saved = torch.load(folder / "sasrec.pt", weights_only=True)
+    torch.testing.assert_close(saved["ndcg"], torch.tensor(figures))
+    assert torch.equal(saved["weights"]["items.weight"], weights[21])
+
+
+def test_weight_decay_shrinks_matrices_and_leaves_norms_and_biases_alone(scripts):
+    """A step without any gradient takes lr * the decay of each matrix away, and nothing else."""
+    s = scripts[2]
+    args = s.options(["--device", "cpu", "--weight-decay", "0.5"])
+    model = model_of(scripts)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizer = s.optimizer_of(model, args)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    optimizer.step()
+    for name, weight in model.named_parameters():
+        left = 0.95 if weight.ndim > 1 else 1.0
+        torch.testing.assert_close(weight.detach(), left * before[name])
+
+
+def test_a_target_weighs_the_same_in_every_batch(scripts):
     """One step of plain gradient descent is lr * the gradient of the summed loss / --batch."""
     s = scripts[2]
     args = s.options(["--device", "cpu", "--batch", "64"])
@@ -304,7 +375,7 @@ def test_two_processes_with_dropout_learn_as_fast_as_one(smoke, tmp_path):
     losses = []
     for name, batch, processes in (("one", 64, 1), ("two", 32, 2)):
         folder, _ = small_run(smoke, tmp_path, name)
-        process = run_script(2, "--run", folder, "--smoke", "--device", "cpu", "--epochs", 20, "--patience", 99,
+        process = run_script(2, "--run", folder, "--smoke", "--device", "cpu", "--epochs", 20,
                              "--batch", batch, processes=processes)
         assert process.returncode == 0, process.stderr
         losses.append(torch.load(folder / "sasrec.pt", weights_only=True)["losses"])
