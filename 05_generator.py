@@ -66,7 +66,7 @@ TOKEN_SCALE = 0.3        # standard deviation of the token embeddings at the sta
 FARTHEST = 31            # items; all that lie so far back or farther share one bias
 WARM_UP = 0.04           # share of the training in which the learning rate rises to --lr
 WEIGHT_DECAY = 0.01      # of AdamW
-LOOK_SCALE = 0.1         # standard deviation of W, which asks what lies under a code
+LOOK_SCALE = 0.25        # W, which asks what lies under a code, starts as so much of the identity
 CLIP = 1.0               # a gradient that is longer is shortened to this
 VALIDATION_USERS = 2000  # at the most; their validation events decide which epoch is the best
 RANKED_EVENTS = 1024     # of histories that are searched at once, about
@@ -438,6 +438,8 @@ def hidden_modalities(history, D, masking):
     history: (B, T) -> bool (B, T, D)
     """
     device = history.device
+    if masking == 0 or D == 1:  # a single modality has no others that could do
+        return torch.zeros(*history.shape, D, dtype=torch.bool, device=device)  # (B, T, D)
     hides = torch.rand(history.shape, device=device) < masking      # (B, T) does this item?
     which = torch.randint(D, history.shape, device=device)          # (B, T) which one, if it does
     one = which.unsqueeze(2) == torch.arange(D, device=device)      # (B, T, D)
@@ -519,31 +521,27 @@ class Generator(nn.Module):
         self.register_buffer("shown", shown, persistent=False)      # (N+1, D, L)
         self.register_buffer("written", tokens[target], persistent=False)  # (N+1, L)
 
-    def encode(self, history, masking=0.0):
-        """What the encoder makes of a history. (B, T) -> (B, T * M, E)"""
-        T = history.shape[1]
-        tokens = self.shown[history]                                # (B, T, D, L)
-        D = tokens.shape[2]
-        hidden = torch.zeros(1, 1, D, 1, dtype=torch.bool, device=history.device)
-        if masking > 0 and D > 1:  # a single modality has no others that could do
-            hidden = hidden_modalities(history, D, masking)         # (B, T, D)
-            hidden = hidden.unsqueeze(3)                            # (B, T, D, 1)
-            tokens = torch.where(hidden, self.masks, tokens)        # (B, T, D, L)  [21]
+    def encode(self, history, hidden):
+        """What the encoder makes of a history.
 
-        x = self.embed(history, tokens, hidden)                     # (B, T, D, L, E)
+        history: (B, T), hidden: bool (B, T, D), modalities to hide -> (B, T * M, E)
+        """
+        x = self.embed(history, hidden)                             # (B, T, D, L, E)
         x = self.dropout(x.flatten(1, 3))                           # (B, T * M, E)
-        bias = self.encoder_bias(T)                                 # (H, T * M, T * M)
+        bias = self.encoder_bias(history.shape[1])                  # (H, T * M, T * M)
         for layer in self.encoder:
             x = layer(x, bias)                                      # (B, T * M, E)
         return self.dropout(self.encoder_norm(x))                   # (B, T * M, E)
 
-    def embed(self, history, tokens, hidden):
-        """What the encoder begins with: a vector a token.
-
-        history: (B, T), tokens: (B, T, D, L) of it; hidden: bool (B, T, D, 1), or broadcast to it,
-        which modalities are masks by chance -> (B, T, D, L, E)
-        """
+    def embed(self, history, hidden):
+        """What the encoder begins with: a vector for each token. -> (B, T, D, L, E)"""
+        tokens = self.shown[history]                                # (B, T, D, L)
+        tokens = torch.where(hidden.unsqueeze(3), self.masks, tokens)  # (B, T, D, L)  [21]
         return self.tokens(tokens)                                  # (B, T, D, L, E)
+
+    def begin(self, history, hidden):
+        """What the decoder begins with, besides codes: nothing here. -> (B, T, 1, E), or like it"""
+        return torch.zeros(1, 1, 1, 1, device=history.device)
 
     def memory(self, x):
         """What the decoder looks up: keys and values of the history, made once for all who ask.
@@ -552,9 +550,11 @@ class Generator(nn.Module):
         """
         return [layer.cross_attention.keys_values(x) for layer in self.decoder]
 
-    def decode(self, tokens, bias, memory, cross_bias, caches):
-        """The decoder. tokens: (B, Q, l), caches: for each layer one or None -> (B, Q, l, E)"""
-        x = self.dropout(self.tokens(tokens))                       # (B, Q, l, E)
+    def decode(self, tokens, begin, bias, memory, cross_bias, caches):
+        """The decoder. tokens: (B, Q, l), begin: (B, Q, 1, E), or broadcast to it, caches: for each
+        layer one or None -> (B, Q, l, E)
+        """
+        x = self.dropout(self.tokens(tokens) + begin)               # (B, Q, l, E)
         for layer, of_layer, cache in zip(self.decoder, memory, caches):
             x = layer(x, bias, of_layer, cross_bias, cache)         # (B, Q, l, E)
         return self.dropout(self.decoder_norm(x))                   # (B, Q, l, E)
@@ -584,9 +584,12 @@ class Generator(nn.Module):
         bias = self.self_bias + later                               # (H, L, L)
         cross_bias = self.cross_bias(history.shape[1])              # (H, T * L, T * M)
 
-        memory = self.memory(self.encode(history, masking))
+        D = len(self.masks)
+        hidden = hidden_modalities(history, D, masking)             # (B, T, D)
+        begin = self.begin(history, hidden)                         # (B, T, 1, E)
+        memory = self.memory(self.encode(history, hidden))
         none = [None] * len(self.decoder)  # no cache: all codes are there at once
-        x = self.decode(before, bias, memory, cross_bias, none)     # (B, T, L, E)
+        x = self.decode(before, begin, bias, memory, cross_bias, none)  # (B, T, L, E)
         by_level = x.movedim(2, 0)                                  # (L, B, T, E)
         logits = []
         for l in range(L):
@@ -601,24 +604,25 @@ class Generator(nn.Module):
 # item has few events and a new one none, although its picture and its text are known. So here the
 # score also looks ahead, at what lies under the code in the tree:
 #
-#     z_l(k) = x . output_l[k] + (W_l x) . f(child)
+#     z_l(k) = x . output_l[k] + (W_l x) . P f(child)
 #
 # f(child) is the mean of the vectors of all items under the child to which k leads; the vector of
 # an item is what 02, 03 and 04 cut into its codes, one behind the other. At the root f says what
 # the items of a first code have in common, at a leaf it is the item's own vector.
 #
-#              root                   f of the left child: the mean of a and b
-#            /      \                 f of the right child: c
+#              root                   f of the child by code 0: the mean of a and b
+#            /      \                 f of the child by code 7: c
 #          0          7
 #        /   \          \
 #      2: a   5: b       2: c
 #
-# The tokens of the history carry the vectors of their items as well. What x asks for and what it
-# finds is then of one kind. (LIGER, Yang et al. 2024, adds vectors to the history like this.)
+# P brings vectors to the width of the model. The history goes through it as well: its tokens carry
+# the vectors of their items, and the decoder begins with that of the last one. So what was taken
+# and what is wanted lie in one space from the start, as in SASRec, which has one table for both.
 
 
 class Carry(nn.Module):
-    """The vectors of one modality, brought to the width of the model."""
+    """The vectors of one modality, brought to the width of the model: its part of P."""
 
     def __init__(self, source, E):
         super().__init__()
@@ -665,7 +669,7 @@ class Beneath(nn.Module):
         self.register_buffer("code", code, persistent=False)
 
     def forward(self, question, node):
-        """What f of a node's children answers. question: W_l x (..., f), node: (...)
+        """What the children of a node answer. question: (..., f), node: (...)
 
         -> question . f(child) (..., C); the codes that lead to these children (..., C)
         """
@@ -687,18 +691,28 @@ class Lookahead(Generator):
         self.carry = nn.ModuleList(Carry(sources[name], E) for name in modalities)
         vectors = torch.cat([carry.vectors for carry in self.carry], 1)  # (N+1, f)
         self.beneath = nn.ModuleList(Beneath(trie, l, vectors) for l in range(trie.L))
-        self.ask = nn.Parameter(torch.randn(trie.L, E, vectors.shape[1]) * LOOK_SCALE)  # W
+        self.look = nn.Parameter(LOOK_SCALE * torch.eye(E).repeat(trie.L, 1, 1))  # W (L, E, E)
 
-    def embed(self, history, tokens, hidden):
-        """As above, plus the vector of each token's item and modality, where it is not hidden."""
-        carried = [carry(history) for carry in self.carry]          # D of (B, T, E)
-        carried = torch.stack(carried, 2).masked_fill(hidden, 0)    # (B, T, D, E)
-        return super().embed(history, tokens, hidden) + carried.unsqueeze(3)
+    def carried(self, history, hidden):
+        """P v of each item and modality, where it is not hidden. -> (B, T, D, E)"""
+        parts = [carry(history) for carry in self.carry]            # D of (B, T, E)
+        return torch.stack(parts, 2).masked_fill(hidden.unsqueeze(3), 0)  # (B, T, D, E)
+
+    def embed(self, history, hidden):
+        """As above, and each token carries the vector of its item and modality."""
+        x = super().embed(history, hidden)                          # (B, T, D, L, E)
+        return x + self.carried(history, hidden).unsqueeze(3)       # (B, T, D, L, E)
+
+    def begin(self, history, hidden):
+        """After each place of the history: the vector of the item there. -> (B, T, 1, E)"""
+        return self.carried(history, hidden).sum(2, keepdim=True)   # (B, T, 1, E)
 
     def scores(self, x, l, node):
-        """z_l(k) = x . output_l[k] + (W_l x) . f(child). x: (..., E), node: (...) -> (..., K)"""
+        """z_l(k) = x . output_l[k] + (W_l x) . P f(child). x: (..., E), node: (...) -> (..., K)"""
         z = super().scores(x, l, node)                              # (..., K)
-        answer, code = self.beneath[l](x @ self.ask[l], node)       # (..., C) both
+        P = torch.cat([carry.project.weight for carry in self.carry], 1)  # (E, f)
+        question = x @ self.look[l] @ P                             # (..., f)
+        answer, code = self.beneath[l](question, node)              # (..., C) both
         return z.scatter_add(-1, code, answer)                      # (..., K)
 
     def tables(self):
@@ -748,7 +762,9 @@ def beam_search(model, trie, history, beam):
     """
     B, T = history.shape
     device = history.device
-    memory = model.memory(model.encode(history))  # once a user: all beams ask the same keys
+    hidden = hidden_modalities(history, len(model.masks), masking=0)  # (B, T, D)
+    begin = model.begin(history, hidden)[:, -1:]                    # (B, 1, 1, E)
+    memory = model.memory(model.encode(history, hidden))  # once a user: all beams ask it
     cross_bias = model.cross_bias(T, first=T - 1)                   # (H, L, T * M)
     caches = [Cache() for _ in model.decoder]
 
@@ -761,7 +777,7 @@ def beam_search(model, trie, history, beam):
         newest = token.unsqueeze(2)                                 # (B, beams, 1)
         bias = model.self_bias[:, l:l + 1, :l + 1]                  # (H, 1, l+1)
         at_level = cross_bias[:, l:l + 1]                           # (H, 1, T * M), all beams
-        x = model.decode(newest, bias, memory, at_level, caches)    # (B, beams, 1, E)
+        x = model.decode(newest, begin, bias, memory, at_level, caches)  # (B, beams, 1, E)
 
         # log p(k | prefix): a softmax over the children of each beam's node.  [19]
         z = model.scores(x[:, :, 0], l, node).float()               # (B, beams, K)

@@ -177,11 +177,11 @@ def hidden_in(model, step):
 
 def test_masking_hides_one_modality_of_an_item(parts):
     """With masking 1 every item shows exactly one mask token set, and the others unchanged."""
-    _, _, _, model = parts
+    generator, _, _, model = parts
     seen = []
     model.tokens.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     history = torch.randint(1, N + 1, (40, T))
-    model.encode(history, masking=1.0)
+    model.encode(history, generator.hidden_modalities(history, D, 1.0))
     tokens = seen[0].view(40, T, D, L)
     hidden = tokens >= D * L * K
     assert (hidden.all(3).sum(2) == 1).all() and torch.equal(hidden.all(3), hidden.any(3))
@@ -210,7 +210,8 @@ def test_a_single_modality_is_never_hidden(scripts):
     trie = scripts[5].Trie(codes, K)
     model = scripts[5].Generator({"only": source(codes)}, ["only"], "only", trie, size)
     history = torch.randint(1, N + 1, (9, T))
-    assert torch.equal(model.encode(history, masking=1.0), model.encode(history))
+    assert not scripts[5].hidden_modalities(history, D=1, masking=1.0).any()
+    assert torch.equal(model(history, history, masking=1.0), model(history, history))
 
 
 def test_token_embeddings_start_as_their_centroids(scripts):
@@ -244,8 +245,9 @@ def ahead(scripts):
 
 
 def test_a_code_is_scored_by_the_mean_of_the_vectors_under_it_too(ahead):
-    """z_l(k) = x . output_l[k] + (W_l x) . f(child) for every prefix of every item, by looking at every item."""
+    """z_l(k) = x . output_l[k] + (W_l x) . P f(child) for every prefix of every item, by looking at every item."""
     _, codes, model, vectors = ahead
+    P = torch.cat([carry.project.weight for carry in model.carry], 1)
     for item in range(1, N + 1):
         for l in range(L):
             x = torch.randn(16)
@@ -255,7 +257,8 @@ def test_a_code_is_scored_by_the_mean_of_the_vectors_under_it_too(ahead):
             for k in range(K):
                 under = vectors[same_prefix & (codes[:, l] == k)]
                 f = under.mean(0) if len(under) else torch.zeros(12)
-                assert torch.allclose(z[k], x @ model.output[l][:, k] + (x @ model.ask[l]) @ f, atol=1e-4)
+                right = x @ model.output[l][:, k] + (x @ model.look[l]) @ (P @ f)
+                assert torch.allclose(z[k], right, atol=1e-4)
 
 
 def test_an_item_that_is_never_bought_is_told_from_another_by_its_vector(ahead):
@@ -267,7 +270,7 @@ def test_an_item_that_is_never_bought_is_told_from_another_by_its_vector(ahead):
     _, scores = generator.beam_search(model, model.trie, history, N)
     assert len(scores[0].unique()) == N
     with torch.no_grad():
-        model.ask.zero_()
+        model.look.zero_()
     items, _ = generator.beam_search(model, model.trie, history, N)
     size = torch.tensor([len(edges) for edges in model.trie.edges])
     assert size[-1] == N and sorted(items[0].tolist()) == list(range(1, N + 1))
@@ -277,14 +280,14 @@ def test_a_hidden_modality_carries_no_vector(ahead):
     """Masked in training, it tells nothing at all: neither by its codes nor by its vector."""
     _, _, model, _ = ahead
     history = torch.randint(1, N + 1, (3, T))
-    hidden = torch.zeros(3, T, 2, 1, dtype=torch.bool)
+    hidden = torch.zeros(3, T, 2, dtype=torch.bool)
     hidden[:, :, 1] = True
-    tokens = model.shown[history]
-    before = model.embed(history, tokens, hidden)
-    model.carry[1].vectors.normal_()
-    assert torch.equal(model.embed(history, tokens, hidden), before)
-    model.carry[0].vectors.normal_()
-    assert not torch.equal(model.embed(history, tokens, hidden), before)
+    for what in (model.embed, model.begin):
+        before = what(history, hidden)
+        model.carry[1].vectors.normal_()
+        assert torch.equal(what(history, hidden), before)
+        model.carry[0].vectors.normal_()
+        assert not torch.equal(what(history, hidden), before)
 
 
 def test_lookahead_runs_from_files_and_needs_their_vectors(scripts, smoke, tmp_path, capsys):
