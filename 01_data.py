@@ -278,16 +278,17 @@ def draw(look, S):
     hue = COLOURS.index(colour) / len(COLOURS) + rng.normal(0, 0.01)
     ink = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.75, 1), rng.uniform(0.6, 1))
     ink = 255 * np.array(ink)                                   # (3,)
-    paper = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.3), rng.uniform(0.3, 1))
+    paper = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.4), rng.uniform(0.3, 1))
     paper = 255 * np.array(paper)                               # (3,)
 
     # From the inside out: the pattern in two tones of the ink, the outline, the light, which falls
-    # off to one side, the noise.
+    # off to one side and has a tint, the noise.
     pixels = np.where(pale, 0.25 * ink + 0.75 * 255, ink)       # (3S, 3S, 3)
     pixels = np.where(inside, pixels, paper)                    # (3S, 3S, 3)
     across, down = rng.uniform(-0.4, 0.4, 2)
     light = 0.8 + across * (column - 0.5) + down * (row - 0.5)  # (3S, 3S)
-    pixels = light[..., None] * pixels                          # (3S, 3S, 3)
+    tint = rng.uniform(0.8, 1.2, 3)  # of red, green and blue   # (3,)
+    pixels = light[..., None] * tint * pixels                   # (3S, 3S, 3)
     pixels = pixels + rng.normal(0, 8, pixels.shape)            # (3S, 3S, 3)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 

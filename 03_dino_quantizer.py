@@ -64,7 +64,7 @@ DEAD = 0.05                   # with fewer members a batch, on average, a centro
 STUDENT_TEMP = 0.1            # tau_s: outputs are divided by it before the softmax
 TEACHER_TEMP = 0.015          # tau_t: published .04 to .07, but at .05 all crops stayed alike here
 SINKHORN = 3                  # rounds of centring
-KOLEO = 0.1                   # weight of the term that keeps vectors apart
+KOLEO = 0.2                   # weight of the term that keeps vectors apart
 BETA = 0.25                   # weight of the commitment term
 LR = 3e-3                     # learning rate of AdamW, before warm-up and cosine
 CLIP = 3.0                    # largest norm of the gradient
@@ -465,8 +465,8 @@ def dino_loss(p_t, logits):
 
 
 # Nothing in this loss forbids the same answer for all crops, or one that is sure of nothing. Two
-# parts of DINOv2 (Oquab et al. 2023) do, [12] and [18]; without either of them our few hundred
-# steps end there.
+# parts of DINOv2 (Oquab et al. 2023) do, and without either of them our few hundred steps end
+# there: centring, and KoLeo.  [12]
 
 
 def sinkhorn(out):
@@ -484,7 +484,7 @@ def sinkhorn(out):
 
 def koleo(z, everyone):
     """- log of the distance to the nearest other picture: vectors of length 1 that push each other
-    apart fill the sphere, and what tells two pictures apart grows in them.  [18]
+    apart fill the sphere, and what tells two pictures apart grows in them.  [12]
 
     z: (2, b, E), of the pictures that this process has; everyone: (2, B, E), the whole batch
     without gradient -> (), the mean over the two crops, the sum over b pictures
@@ -582,7 +582,7 @@ def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoc
 
     # The second term commits z to the centroids that were chosen, a mean over views and pictures,
     # the third keeps global crops of different pictures apart:
-    # loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d + .1 KoLeo
+    # loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d + .2 KoLeo
     everyone = gather(z.detach(), B)                                # (V, B, d)
     apart = koleo(z[:2], everyone[:2]) / B                          # ()
     loss = l_dino + BETA * commitment / (V * B) + KOLEO * apart     # ()
@@ -897,7 +897,7 @@ def options(argv):
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--plain", action="store_true", help="no quantiser in training, k-means afterwards")
     add("--init", help="file of ViT weights to start from; sets width, depth, patch")
-    add("--epochs", type=int, default=16, help="passes over the pictures")
+    add("--epochs", type=int, default=20, help="passes over the pictures")
     add("--batch", type=int, default=64, help="pictures a step, of each process")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")

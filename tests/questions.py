@@ -629,7 +629,7 @@ def linear_probe(x, y):
     def loss():
         optimizer.zero_grad()
         logits = x[:half] @ weight[1:] + weight[0]                      # (half, values)
-        value = F.cross_entropy(logits, y[:half]) + 0.001 * weight[1:].square().sum()  # ()
+        value = F.cross_entropy(logits, y[:half]) + 0.0001 * weight[1:].square().sum()  # ()
         value.backward()
         return value
 
