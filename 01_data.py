@@ -283,11 +283,11 @@ def draw(look, S):
 
     # From the inside out: the pattern in two tones of the ink, the outline, the light, which falls
     # off to one side and has a tint, the noise.
-    pixels = np.where(pale, 0.25 * ink + 0.75 * 255, ink)       # (3S, 3S, 3)
+    pixels = np.where(pale, 0.15 * ink + 0.85 * 255, ink)       # (3S, 3S, 3)
     pixels = np.where(inside, pixels, paper)                    # (3S, 3S, 3)
     across, down = rng.uniform(-0.4, 0.4, 2)
     light = 0.8 + across * (column - 0.5) + down * (row - 0.5)  # (3S, 3S)
-    tint = rng.uniform(0.8, 1.2, 3)  # of red, green and blue   # (3,)
+    tint = rng.uniform(0.9, 1.1, 3)  # of red, green and blue   # (3,)
     pixels = light[..., None] * tint * pixels                   # (3S, 3S, 3)
     pixels = pixels + rng.normal(0, 8, pixels.shape)            # (3S, 3S, 3)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

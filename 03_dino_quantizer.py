@@ -64,7 +64,7 @@ DEAD = 0.05                   # with fewer members a batch, on average, a centro
 STUDENT_TEMP = 0.1            # tau_s: outputs are divided by it before the softmax
 TEACHER_TEMP = 0.015          # tau_t: published .04 to .07, but at .05 all crops stayed alike here
 SINKHORN = 3                  # rounds of centring
-KOLEO = 0.2                   # weight of the term that keeps vectors apart
+KOLEO = 0.1                   # weight of the term that keeps vectors apart
 BETA = 0.25                   # weight of the commitment term
 LR = 3e-3                     # learning rate of AdamW, before warm-up and cosine
 CLIP = 3.0                    # largest norm of the gradient
@@ -582,7 +582,7 @@ def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoc
 
     # The second term commits z to the centroids that were chosen, a mean over views and pictures,
     # the third keeps global crops of different pictures apart:
-    # loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d + .2 KoLeo
+    # loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d + .1 KoLeo
     everyone = gather(z.detach(), B)                                # (V, B, d)
     apart = koleo(z[:2], everyone[:2]) / B                          # ()
     loss = l_dino + BETA * commitment / (V * B) + KOLEO * apart     # ()
