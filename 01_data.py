@@ -104,16 +104,16 @@ COLOURS = "red amber lime green cyan blue violet magenta".split()  # eight hues,
 PATTERNS = "plain stripes bars diagonals checks dots".split()
 SHAPES = {  # the corners of each category's outline, x and y in ninths of its size
     "bag": "04 24 31 61 74 94 99 09",
-    "bottle": "40 50 53 73 79 29 23 43",
-    "bowl": "03 93 86 69 39 16",
-    "chair": "10 30 35 85 89 69 67 37 39 19",
+    "bottle": "30 60 63 83 89 19 13 33",
+    "bowl": "02 92 87 69 39 17",
+    "chair": "00 40 44 94 99 69 66 36 39 09",
     "clock": "20 70 92 97 79 29 07 02",
-    "cushion": "00 52 90 75 99 57 09 25",
+    "cushion": "00 41 90 84 99 58 09 15",
     "hat": "20 70 76 96 99 09 06 26",
-    "lamp": "30 60 95 55 58 79 29 48 45 05",
+    "lamp": "20 70 95 65 68 89 19 38 35 05",
     "mug": "00 60 61 91 97 67 66 86 82 62 69 09",
-    "stool": "02 92 99 79 75 25 29 09",
-    "tray": "02 92 87 17",
+    "stool": "02 92 99 69 65 35 39 09",
+    "tray": "01 91 88 18",
     "vase": "20 70 63 96 79 29 06 33",
 }
 MATERIALS = "cotton wool linen leather oak bamboo steel brass glass ceramic".split()
@@ -271,8 +271,9 @@ def toy_items(truth, rng):
 
 
 # --- The toy shop: what its pictures show ---------------------------------------------------------
-# An outline says the category, its colour and pattern say themselves. Size, place, tint, light and
-# noise differ from picture to picture and mean nothing, as in photographs.
+# An outline says the category, its colour and pattern say themselves. Size, place, light,
+# background and tint differ from picture to picture and mean nothing, as in photographs. They
+# change more pixels than what matters does: who compares pixels, compares them.
 
 
 def draw(look, S):
@@ -282,9 +283,9 @@ def draw(look, S):
     side = 3 * S  # drawn larger, so that edges are smooth when it is squeezed to S
 
     # The outline, somewhere in the picture. A corner "04" is at x = 0/9, y = 4/9 of its size.
-    size = rng.uniform(0.7, 0.9)
-    left = rng.uniform(0, 0.1)
-    top = rng.uniform(0, 0.1)
+    size = rng.uniform(0.65, 0.95)
+    left = rng.uniform(0, 1 - size)
+    top = rng.uniform(0, 1 - size)
     corners = []
     for corner in SHAPES[category].split():
         x = left + size * int(corner[0]) / 9
@@ -294,23 +295,30 @@ def draw(look, S):
     ImageDraw.Draw(mask).polygon(corners, fill=255)
     inside = np.array(mask)[..., None] > 0                      # (3S, 3S, 1)
 
-    # Its pattern: about four periods across the picture, begun anywhere. x and y count periods.
-    row, column = np.mgrid[:side, :side]                        # (3S, 3S) each
-    periods = rng.uniform(3.5, 4.5)
-    y = row * periods / side + rng.uniform(0, 1)                # (3S, 3S)
-    x = column * periods / side + rng.uniform(0, 1)             # (3S, 3S)
+    # Its pattern: about five periods across the picture, begun anywhere, turned a little. x and y
+    # count periods.
+    row, column = np.mgrid[:side, :side] / side                 # (3S, 3S) each
+    periods = rng.uniform(4.5, 5.5)
+    turn = rng.uniform(-0.15, 0.15)  # radians: 9 degrees at most
+    y = periods * (row * np.cos(turn) - column * np.sin(turn)) + rng.random()  # (3S, 3S)
+    x = periods * (row * np.sin(turn) + column * np.cos(turn)) + rng.random()  # (3S, 3S)
     pale = pale_places(pattern, x, y)[..., None]                # (3S, 3S, 1)
 
     # Its colour, and another for the background. hsv is hue, saturation and brightness.
     hue = COLOURS.index(colour) / len(COLOURS) + rng.normal(0, 0.01)
-    ink = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.75, 1), rng.uniform(0.7, 0.95))
+    ink = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.75, 1), rng.uniform(0.6, 1))
     ink = 255 * np.array(ink)                                   # (3,)
-    paper = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.15), 0.95)
+    paper = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.4), rng.uniform(0.3, 1))
     paper = 255 * np.array(paper)                               # (3,)
 
-    # From the inside out: the pattern in two tones of the ink, the outline, the noise.
-    pixels = np.where(pale, 0.4 * ink + 0.6 * 255, ink)         # (3S, 3S, 3)
+    # From the inside out: the pattern in two tones of the ink, the outline, the light, which falls
+    # off to one side and has a tint, the noise.
+    pixels = np.where(pale, 0.15 * ink + 0.85 * 255, ink)       # (3S, 3S, 3)
     pixels = np.where(inside, pixels, paper)                    # (3S, 3S, 3)
+    across, down = rng.uniform(-0.4, 0.4, 2)
+    light = 0.8 + across * (column - 0.5) + down * (row - 0.5)  # (3S, 3S)
+    tint = rng.uniform(0.9, 1.1, 3)  # of red, green and blue   # (3,)
+    pixels = light[..., None] * tint * pixels                   # (3S, 3S, 3)
     pixels = pixels + rng.normal(0, 8, pixels.shape)            # (3S, 3S, 3)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 

@@ -5,6 +5,7 @@ average, says of another: no labels. Here a residual quantiser sits between the 
 head, so that three codes must carry the answer (MSCGRec, arXiv 2602.03713, the image modality):
 loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d;  r_0 = z, the ViT's vector;
 r_l = r_{l-1} - C_l[c_l], with C_l the codebook and c_l the code of level l; sg: no gradient passes.
+Two parts of DINOv2 keep it awake in a few hundred steps: Sinkhorn's centring, and KoLeo.
 
     python 03_dino_quantizer.py                    # after 01_data.py
     python 03_dino_quantizer.py --plain            # control: DINO, then residual k-means
@@ -51,41 +52,61 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-GLOBAL_SCALE = (0.4, 1.0)     # share of a picture's area that a global crop shows: from, to
-LOCAL_SCALE = (0.1, 0.4)      # the same of a local crop
+GLOBAL_SCALE = (0.5, 1.0)     # share of a picture's area that a global crop shows: from, to
+LOCAL_SCALE = (0.25, 0.6)     # the same of a local crop: a pattern needs two periods to be seen
 JITTER = 0.4                  # light, contrast and saturation change by up to this share
+BALANCE = 0.2                 # red, green and blue each change by up to this share
+GREY = 0.4                    # share of views without colour
 MEAN = (0.485, 0.456, 0.406)  # of red, green, blue in ImageNet: the public weights expect them
 STD = (0.229, 0.224, 0.225)   # their deviation
 CODEBOOK_DECAY = 0.95         # what stays of a centroid in a step: it averages about 20 batches
 DEAD = 0.05                   # with fewer members a batch, on average, a centroid starts anew
 STUDENT_TEMP = 0.1            # tau_s: outputs are divided by it before the softmax
-CENTER_MOMENTUM = 0.9         # what stays of the center in a step
+TEACHER_TEMP = 0.015          # tau_t: published .04 to .07, but at .05 all crops stayed alike here
+SINKHORN = 3                  # rounds of centring
+KOLEO = 0.1                   # weight of the term that keeps vectors apart
 BETA = 0.25                   # weight of the commitment term
-LR = 1e-3                     # learning rate of AdamW, before warm-up and cosine
+LR = 3e-3                     # learning rate of AdamW, before warm-up and cosine
 CLIP = 3.0                    # largest norm of the gradient
 
 
 # --- Views of a picture --------------------------------------------------------------------------
 # A view is a crop, changed in light and colour. Two global ones show much of a picture, and the
 # teacher sees these alone; local ones show a small part, and only the student sees them.
-# DINO learns what the views of a picture have in common. Whatever it should not care about (which
-# part is seen, which way round, in which light) is therefore left to chance in each of them.
+# DINO learns what the views of a picture have in common. Whatever it should not care about is
+# therefore left to chance in each of them:
+#
+#   crop, stretch     A thing is the same thing when it is nearer, or stands elsewhere. The smallest
+#                     crop still shows two periods of a pattern: less could not tell it.
+#   mirror            Seen from the other side it is the same. Never upside down: stripes that lie
+#                     and bars that stand are two patterns.
+#   light, contrast,  A brighter lamp, fog, a faded print. They blur how bright the background is,
+#   saturation        which covers more pixels than anything that matters.
+#   white balance     A yellow lamp, a blue evening. What is pale takes any tint, so a tint cannot
+#                     be the answer; a strong colour stays what it is.
+#   grey              Colour is the easiest answer, and who has one looks for no other. In views
+#                     without it the pattern has to answer.
 
 
 def draw_views(V, B, rng):
-    """What is left to chance in V views of each of B pictures: eight numbers in -1..1, namely
-    area, stretch, left, top, mirror, light, contrast, saturation. -> (V, B, 8)
+    """What is left to chance in V views of each of B pictures: twelve numbers in -1..1, namely
+    area, stretch, left, top, mirror, light, contrast, saturation, red, green, blue, grey.
+
+    -> (V, B, 12)
     """
-    return 2 * torch.rand(V, B, 8, generator=rng) - 1               # (V, B, 8)
+    return 2 * torch.rand(V, B, 12, generator=rng) - 1              # (V, B, 12)
 
 
 def crops(x, size, scale, draws):
     """One view of each picture. It shows a share of the picture's area between the two of `scale`.
 
-    x: (n, 3, S, S) in 0..1, size: pixels along the view, draws: (n, 8) as draw_views makes them
+    x: (n, 3, S, S) in 0..1, size: pixels along the view, draws: (n, 12) as draw_views makes them
     -> (n, 3, size, size)
     """
-    area, stretch, left, top, mirror, light, contrast, saturation = draws.unbind(1)  # (n,) each
+    area, stretch, left, top, mirror = draws[:, :5].unbind(1)       # (n,) each
+    light, contrast, saturation = draws[:, 5:8].unbind(1)           # (n,) each
+    balance = draws[:, 8:11]                                        # (n, 3): of red, green, blue
+    grey_view = (1 + draws[:, 11]) / 2 < GREY                       # (n,)
 
     # The view shows a window of the picture. If the window has `side` times the picture's width and
     # height, it has side^2 of its area: the smallest share at area = -1, the largest at 1.
@@ -119,11 +140,15 @@ def crops(x, size, scale, draws):
     # A point within half a pixel of the picture's edge has the colour of the edge.
     x = F.grid_sample(x, points, padding_mode="border", align_corners=False)  # (n, 3, size, size)
 
+    # White balance: each of the three channels has a light of its own.
+    x = x * (1 + BALANCE * balance)[:, :, None, None]               # (n, 3, size, size)
+
     # A pixel is the mean of its view + what its own grey adds + what its colour adds. Saturation
-    # scales the last of the three, contrast the last two, light all of them.
+    # scales the last of the three (in grey views by 0), contrast the last two, light all of them.
     grey = x.mean(1, keepdim=True)                                  # (n, 1, size, size)
     mean = x.mean((1, 2, 3), keepdim=True)                          # (n, 1, 1, 1)
-    saturation = (1 + JITTER * saturation).view(-1, 1, 1, 1)        # (n, 1, 1, 1)
+    saturation = (1 + JITTER * saturation).masked_fill(grey_view, 0)  # (n,)
+    saturation = saturation.view(-1, 1, 1, 1)                       # (n, 1, 1, 1)
     contrast = (1 + JITTER * contrast).view(-1, 1, 1, 1)            # (n, 1, 1, 1)
     light = (1 + JITTER * light).view(-1, 1, 1, 1)                  # (n, 1, 1, 1)
     colour = saturation * (x - grey)                                # (n, 3, size, size)
@@ -134,7 +159,7 @@ def crops(x, size, scale, draws):
 def make_views(pictures, draws, size, patch):
     """Two global crops and V - 2 local ones, of half their side, of each picture.
 
-    pictures: (b, 3, S, S) in 0..1, draws: (V, b, 8)
+    pictures: (b, 3, S, S) in 0..1, draws: (V, b, 12)
     -> global crops (2, b, 3, size, size), local crops (V-2, b, 3, local, local)
     """
     # Rows are all pictures for the first crop, then all for the second, as in `repeat`.
@@ -395,7 +420,7 @@ class Model(nn.Module):
     def forward(self, views):
         """views: a list of tensors (some, b, 3, side, side), each of one size; V views together
 
-        -> what the head says (V, b, O); z without gradient (V, b, E); commitment of all of them ()
+        -> what the head says (V, b, O); z (V, b, E); commitment of all of them ()
         """
         vectors = []
         with torch.autocast(views[0].device.type, torch.bfloat16, enabled=self.bf16):
@@ -412,7 +437,7 @@ class Model(nn.Module):
         V = sum(len(view) for view in views)
         b = views[0].shape[1]
         out = out.unflatten(0, (V, b))                              # (V, b, O)
-        z = z.detach().unflatten(0, (V, b))                         # (V, b, E)
+        z = z.unflatten(0, (V, b))                                  # (V, b, E)
         return out, z, commitment
 
 
@@ -439,6 +464,45 @@ def dino_loss(p_t, logits):
     return (pairs.sum() - same_crop) / (pairs.numel() - 2)          # ()
 
 
+# Nothing in this loss forbids the same answer for all crops, or one that is sure of nothing. Two
+# parts of DINOv2 (Oquab et al. 2023) do, and without either of them our few hundred steps end
+# there: centring, and KoLeo.  [12]
+
+
+def sinkhorn(out):
+    """p_t of crops that share a batch. Each crop must say something, and each prototype must be
+    said equally often: in turn both are put right, as Sinkhorn and Knopp do.  [12]
+
+    out: (crops, O), cosines -> (crops, O), what is said of a crop adds up to 1
+    """
+    log_p = (out / TEACHER_TEMP).log_softmax(1)                     # (crops, O)
+    for _ in range(SINKHORN):
+        log_p = log_p.log_softmax(0)  # of each prototype the crops' shares add up to 1
+        log_p = log_p.log_softmax(1)  # of each crop the prototypes' shares do
+    return log_p.exp()                                              # (crops, O)
+
+
+def koleo(z, everyone):
+    """- log of the distance to the nearest other picture: vectors of length 1 that push each other
+    apart fill the sphere, and what tells two pictures apart grows in them.  [12]
+
+    z: (2, b, E), of the pictures that this process has; everyone: (2, B, E), the whole batch
+    without gradient -> (), the mean over the two crops, the sum over b pictures
+    """
+    if everyone.shape[1] < 2:  # nobody to keep away from
+        return 0 * z.sum()                                          # ()
+    z = F.normalize(z, dim=2)                                       # (2, b, E)
+    everyone = F.normalize(everyone, dim=2)                         # (2, B, E)
+    cosines = z.detach() @ everyone.transpose(1, 2)                 # (2, b, B)
+
+    # A picture's nearest is itself: we take the second.
+    second = cosines.topk(2, dim=2).indices[:, :, 1:]               # (2, b, 1)
+    nearest = everyone.gather(1, second.expand(-1, -1, z.shape[2]))  # (2, b, E)
+    square = (z - nearest).square().sum(2)                          # (2, b)
+    # log ||.|| = log(||.||^2) / 2; of equal pictures the logarithm would be infinite.
+    return -(square + 1e-8).log().sum() / 4                         # ()
+
+
 # --- What changes during training ----------------------------------------------------------------
 # `done` is the share of all steps that are over: 0 at the first step, 1 after the last.
 
@@ -457,11 +521,6 @@ def learning_rate(done):
 def weight_decay(done):
     """From .04 to .4: weights may grow at first, and must be worth it later."""
     return 0.4 - 0.36 * cosine(done)
-
-
-def teacher_temperature(done):
-    """tau_t, from .04, the sharpest targets, to .07 in the first 30 % of training."""
-    return min(0.07, 0.04 + 0.1 * done)
 
 
 def teacher_momentum(done, steps):
@@ -496,8 +555,8 @@ def set_rates(optimizer, done):
 # nothing, and backward is loss.backward().
 
 
-def train_step(student, replica, teacher, center, optimizer, views, B, step, steps, epoch, rng):
-    """Step number `step` of `steps`. Changes student, teacher, center (O,) and optimizer in place.
+def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoch, rng):
+    """Step number `step` of `steps`. Changes student, teacher and optimizer in place.
 
     replica: the student, as several processes train it; views: global crops (2, b, 3, size, size),
     local ones (V-2, b, 3, local, local); B: pictures in the batch, with those of other processes
@@ -507,22 +566,26 @@ def train_step(student, replica, teacher, center, optimizer, views, B, step, ste
     V = len(global_crops) + len(local_crops)
     done = step / steps
 
-    # The teacher: p_t = softmax((head_t(ViT_t(x)) - center) / tau_t), of global crops only. Two
-    # things keep it from saying the same of all pictures: the center, so that no prototype wins
-    # everywhere, and a small tau_t, so that not all are equal everywhere.  [12]
-    tau_t = teacher_temperature(done)
+    # The teacher: p_t = sinkhorn(head_t(ViT_t(x)) / tau_t), of global crops only, those of the
+    # whole batch together. Then it says the same of all pictures neither by one prototype that wins
+    # everywhere (centring forbids it) nor by all being equal everywhere (a small tau_t does).
     with torch.no_grad():
         out, _, _ = teacher([global_crops])                         # (2, b, O)
-        p_t = ((out - center) / tau_t).softmax(2)                   # (2, b, O)
+        out = gather(out, B)                                        # (2, B, O)
+        p_t = sinkhorn(out.flatten(0, 1)).view_as(out)              # (2, B, O)
+        p_t = p_t[:, my_share()]                                    # (2, b, O)
     entropy = torch.special.entr(p_t).sum() / (2 * B)               # (), - sum_o p_t log p_t
 
     # The student: p_s = softmax(head(z_q) / tau_s), of all views.
     logits, z, commitment = replica([global_crops, local_crops])    # (V, b, O), (V, b, d), ()
     l_dino = dino_loss(p_t, logits) / B                             # ()
 
-    # The second term commits z to the centroids that were chosen, a mean over views and pictures:
-    # loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d
-    loss = l_dino + BETA * commitment / (V * B)                     # ()
+    # The second term commits z to the centroids that were chosen, a mean over views and pictures,
+    # the third keeps global crops of different pictures apart:
+    # loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d + .1 KoLeo
+    everyone = gather(z.detach(), B)                                # (V, B, d)
+    apart = koleo(z[:2], everyone[:2]) / B                          # ()
+    loss = l_dino + BETA * commitment / (V * B) + KOLEO * apart     # ()
     optimizer.zero_grad()
     backward(loss)
 
@@ -540,15 +603,9 @@ def train_step(student, replica, teacher, center, optimizer, views, B, step, ste
     for average, weight in zip(teacher.parameters(), student.parameters()):
         average.lerp_(weight.detach(), 1 - m)
 
-    # The center is the running mean of what the teacher's head says,
-    # center = .9 center + .1 mean of head_t(ViT_t(x))
-    mean = add_up(out.flatten(0, 1).sum(0)) / (2 * B)               # (O,)
-    center.lerp_(mean, 1 - CENTER_MOMENTUM)                         # (O,)
-
     # Centroids are running means, too: C_l[k] of its members among the z of all views.
     if student.quantiser is not None:
-        everyone = gather(z, B).flatten(0, 1)                       # (V * B, d)
-        student.quantiser.update(everyone, rng)
+        student.quantiser.update(everyone.flatten(0, 1), rng)       # (V * B, d)
 
     return add_up(torch.stack([l_dino.detach(), entropy]))          # (2,)
 
@@ -840,16 +897,16 @@ def options(argv):
     add("--smoke", action="store_true", help="tiny sizes: is everything in place?")
     add("--plain", action="store_true", help="no quantiser in training, k-means afterwards")
     add("--init", help="file of ViT weights to start from; sets width, depth, patch")
-    add("--epochs", type=int, default=8, help="passes over the pictures")
-    add("--batch", type=int, default=32, help="pictures a step, of each process")
+    add("--epochs", type=int, default=20, help="passes over the pictures")
+    add("--batch", type=int, default=64, help="pictures a step, of each process")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on cuda")
     add("--width", type=int, default=96, help="E: width of the ViT")
-    add("--depth", type=int, default=4, help="blocks of the ViT")
+    add("--depth", type=int, default=3, help="blocks of the ViT")
     add("--crop-size", type=int, default=0, help="pixels along a global crop; 0: as stored")
     add("--local-crops", type=int, default=2, help="crops of half that size, for the student only")
-    add("--out-dim", type=int, default=1024, help="O: prototypes of the head")
+    add("--out-dim", type=int, default=256, help="O: prototypes of the head")
     # --smoke changes defaults only: what is given on the command line outweighs it.
     given, _ = parser.parse_known_args(argv)
     if given.smoke:
@@ -909,7 +966,9 @@ def build(images, items, K, args, rng):
     if args.init:
         vit = load_backbone(args.init, size)
     else:
-        patch = max(1, size // 8)  # 64 patches where 8 divides the size: the same cost for any
+        # 16 patches where 4 divides the size: the same cost for any. 64 would learn twice as much
+        # of a step, but a step would take four times as long.
+        patch = max(1, size // 4)
         check_sizes(size, patch, args.width)
         vit = VisionTransformer(size, patch, args.width, args.depth)
     E = vit.cls_token.shape[2]
@@ -934,7 +993,6 @@ def train(student, teacher, images, items, run, args, rng):
     optimizer = make_optimizer(student)
     state = resume(run, "dino.checkpoint", args,
                    student=student, teacher=teacher, optimizer=optimizer)
-    center = state.get("center", torch.zeros(args.out_dim)).to(args.device)  # (O,)
     curves = state["losses"]  # of each epoch L_DINO and the entropy (2,)
     began = time.time() - state["seconds"]
 
@@ -957,7 +1015,7 @@ def train(student, teacher, images, items, run, args, rng):
         means = torch.zeros(2)                                      # (2,)
         for step, batch in enumerate(batches, epoch * epoch_steps):  # batch: (B,)
             views = views_of(batch, images, V, student.backbone, rng)
-            losses = train_step(student, replica, teacher, center, optimizer, views,
+            losses = train_step(student, replica, teacher, optimizer, views,
                                 len(batch), step, steps, epoch, rng).cpu()  # (2,)
             if not losses.isfinite().all():
                 fail(f"step {step}: the loss is no number; whole epochs, if any, are in "
@@ -978,7 +1036,6 @@ def train(student, teacher, images, items, run, args, rng):
             "student": student.state_dict(),
             "teacher": teacher.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "center": center,
             "losses": curves,
             "seconds": seconds,
             "options": vars(args),

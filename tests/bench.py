@@ -777,8 +777,8 @@ class Shape(NamedTuple):
 
 
 DINO_SHAPES = [
-    Shape("32 px, ViT 96 x 4, 2 + 2 crops", size=32, local=16, patch=4, width=96, depth=4, crops=2, batch=32, steps=12),
-    Shape("64 px, ViT-S/8, 2 + 8 crops", size=64, local=32, patch=8, width=384, depth=12, crops=8, batch=4, steps=5),
+    Shape("32 px, ViT 96 x 3, 2 + 2 crops", size=32, local=16, patch=8, width=96, depth=3, crops=2, batch=64, steps=12),
+    Shape("64 px, ViT-S/16, 2 + 8 crops", size=64, local=32, patch=16, width=384, depth=12, crops=8, batch=4, steps=5),
 ]
 
 WAYS = {  # ours, options of 03
@@ -812,7 +812,8 @@ def dino_ours(images, shape, options):
         torch.save({"made_from": {}, "images": with_padding}, f"{folder}/images.pt")
         torch.save({"made_from": {}, "has_image": known}, f"{folder}/data.pt")
         line = ["--run", folder, "--device", "cpu", "--batch", shape.batch, "--max-steps", shape.steps,
-                "--width", shape.width, "--depth", shape.depth, "--local-crops", shape.crops, "--epochs", 99]
+                "--width", shape.width, "--depth", shape.depth, "--local-crops", shape.crops, "--epochs", 99,
+                "--out-dim", 1024]
         argv = [str(part) for part in line] + options.split()
         return pace(lambda: three.main(argv), shape.batch)
 

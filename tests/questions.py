@@ -8,6 +8,7 @@
     python tests/questions.py lost missing --run runs/films              # of the models that lie in the run
     python tests/questions.py unseen --run runs/toy                      # items that no training event shows
     python tests/questions.py ceiling --run runs/toy                     # the best that any model could do
+    python tests/questions.py probe --run runs/toy                       # what image vectors and codes know of the shop
     python tests/questions.py growth                                     # costs by the size of the catalogue
 
 A run holds the codes of one seed at a time: `hole`, `lost` and `missing` speak of the seed that was run last, and a generator
@@ -32,6 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from bench import MODALITIES, K, best, random_sources
 from conftest import command, script
@@ -699,6 +701,50 @@ def what_follows(one, rules, history):
         one.add_what_follows(score, history[:, -1], rules)
     score[np.arange(B)[:, None], history] = -np.inf
     return np.exp(score)
+# --- What image vectors and codes know of the toy shop ----------------------------------------------------------------
+
+
+def probe(args):
+    """A softmax regression reads each property from the vectors of 03 and from raw pixels cut to the same width: it
+    learns on half of the items, and answers for the others. What codes know of it is their NMI, less that of codes
+    dealt out anew: of many groups that hold few items each, even those by chance seem to know something."""
+    data = load(args.run / "data.pt")
+    make_pixel_codes(args.run, args.seeds[0])
+    items = data["has_image"].nonzero()[:, 0]                           # (n,)
+    items = items[torch.randperm(len(items), generator=torch.Generator().manual_seed(0))]
+    answers = []
+    for source, name in (("RQ-DINO", "image"), ("raw pixels", "pixels")):
+        artifact = load(args.run / f"{name}_codes.pt")
+        x = artifact["embeddings"][items]                               # (n, d)
+        codes = artifact["codes"][items]                                # (n, L)
+        for of in ("colour", "pattern", "category"):
+            y = torch.as_tensor(data["meta"]["truth"][of])[items].long()  # (n,)
+            most = torch.bincount(y).max() / len(y)                     # ()
+            known = [most, linear_probe(x, y)]
+            told = script(6).meaning(codes, y)["nmi"]
+            by_chance = script(6).meaning(codes.roll(1, 0), y)["nmi"]
+            known.extend([told[0] - by_chance[0], told[1] - by_chance[1]])
+            answers.append([source, of, *decimals(known, ".2f")])
+    table(["source", "property", "chance", "linear probe", "NMI of code 1", "NMI of codes 1, 2"], answers)
+
+
+def linear_probe(x, y):
+    """Share of the second half whose property a softmax regression of the first half names. x: (n, d), y: (n,)"""
+    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)                      # (n, d)
+    weight = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, requires_grad=True)  # (d + 1, values)
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+    half = len(x) // 2
+
+    def loss():
+        optimizer.zero_grad()
+        logits = x[:half] @ weight[1:] + weight[0]                      # (half, values)
+        value = F.cross_entropy(logits, y[:half]) + 0.0001 * weight[1:].square().sum()  # ()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    named = (x[half:] @ weight[1:] + weight[0]).argmax(1)               # (n - half,)
+    return (named == y[half:]).float().mean()                           # ()
 
 
 # --- Costs by the size of the catalogue -------------------------------------------------------------------------------
@@ -765,6 +811,7 @@ PARTS = {
     "missing": missing,
     "unseen": unseen,
     "ceiling": ceiling,
+    "probe": probe,
     "growth": growth,
 }
 

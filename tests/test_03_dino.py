@@ -203,20 +203,39 @@ def tiny_model(seed, bf16=False):
 
 def one_step(epoch, step=6, steps=20):
     """A step of a tiny student, and all that there was before it and is after it. Three pictures, two crops of
-    8 px and two of 4, a teacher that is another network, a center that is not zero."""
+    8 px and two of 4, a teacher that is another network."""
     student, teacher = tiny_model(0), tiny_model(1).requires_grad_(False)
     student.quantiser = dino.ResidualQuantiser(0.5 * torch.randn(3, 4, 12))
-    center, views = torch.randn(10), (torch.rand(2, 3, 3, 8, 8), torch.rand(2, 3, 3, 4, 4))
-    before = copy.deepcopy((student, teacher, center))
-    losses = dino.train_step(student, student, teacher, center, dino.make_optimizer(student), views, 3,
+    views = (torch.rand(2, 3, 3, 8, 8), torch.rand(2, 3, 3, 4, 4))
+    before = copy.deepcopy((student, teacher))
+    losses = dino.train_step(student, student, teacher, dino.make_optimizer(student), views, 3,
                              step, steps, epoch, torch.Generator().manual_seed(0))
-    return before, (student, teacher, center), views, losses
+    return before, (student, teacher), views, losses
 
 
-def hand_made_losses(student, teacher, center, views, tau_t):
-    """L_DINO, its entropy and the commitment, each a mean over what it is said of, crop by crop."""
+def hand_made_p_t(out):
+    """Sinkhorn without logarithms: of a table of crops and prototypes columns and rows are divided by their sums."""
+    q = (out.double() / 0.015).exp()
+    for _ in range(3):
+        q = q / q.sum(1, keepdim=True)
+        q = q / q.sum(0)
+    return (q / q.sum(1, keepdim=True)).float()
+
+
+def hand_made_koleo(z):
+    """z: (b, E), one crop of each picture"""
+    z, terms = z / z.norm(dim=1, keepdim=True), []
+    for i in range(len(z)):
+        others = z[[j for j in range(len(z)) if j != i]].detach()
+        terms.append(-(z[i] - others).norm(dim=1).min().log())
+    return torch.stack(terms).mean()
+
+
+def hand_made_losses(student, teacher, views):
+    """L_DINO, its entropy, the commitment and KoLeo, each a mean over what it is said of, crop by crop."""
     crops = [*views[0], *views[1]]  # V of (B, 3, side, side)
-    p_t = [((teacher.head(teacher.backbone(x)) - center) / tau_t).softmax(1) for x in crops[:2]]
+    p_t = hand_made_p_t(torch.cat([teacher.head(teacher.backbone(x)) for x in crops[:2]])).chunk(2)
+    koleo = torch.stack([hand_made_koleo(student.backbone(x)) for x in crops[:2]]).mean()
     log_p_s, commitment = [], []
     for x in crops:
         z = student.backbone(x)
@@ -227,28 +246,52 @@ def hand_made_losses(student, teacher, center, views, tau_t):
         log_p_s.append((student.head(z + (z_q - z).detach()) / 0.1).log_softmax(1))
     pairs = [-(p_t[t] * log_p_s[v]).sum(1).mean() for t in range(2) for v in range(4) if t != v]
     entropy = -(torch.stack(p_t) * torch.stack(p_t).log()).nansum(2).mean()
-    return torch.stack(pairs).mean(), entropy, 3 * torch.stack(commitment).mean()
+    return torch.stack(pairs).mean(), entropy, 3 * torch.stack(commitment).mean(), koleo
 
 
 def test_a_step_returns_the_loss_and_the_entropy_of_its_equations():
-    """`out + center`, or no center, would be another p_t."""
+    """No centring, or another temperature, would be another p_t."""
     before, _, views, losses = one_step(epoch=1)
-    l_dino, entropy, _ = hand_made_losses(*before, views, 0.04 + 0.1 * 0.3)
+    l_dino, entropy, _, _ = hand_made_losses(*before, views)
     torch.testing.assert_close(losses, torch.stack([l_dino, entropy]).detach())
 
 
+def test_centring_gives_every_prototype_its_share_where_softmax_gives_all_to_one():
+    torch.manual_seed(0)
+    out = 0.02 * torch.randn(64, 8) + torch.tensor([0.5] + 7 * [0])  # all crops are nearest to prototype 0
+    assert (out / 0.015).softmax(1).mean(0)[0] > 0.99
+    p_t = dino.sinkhorn(out)
+    torch.testing.assert_close(p_t, hand_made_p_t(out))
+    torch.testing.assert_close(p_t.sum(1), torch.ones(64))
+    torch.testing.assert_close(p_t.mean(0), torch.full((8,), 1 / 8), atol=0.01, rtol=0)
+    assert torch.special.entr(p_t).sum(1).mean() < 1.7, "of log 8 = 2.08: a crop is still sure of what it shows"
+    assert dino.sinkhorn(torch.tensor([[1.0, -1], [1, -1]])).isfinite().all()
+
+
+def test_koleo_pushes_a_picture_off_its_nearest_and_bears_equal_ones():
+    z = torch.tensor([[[3.0, 0], [0.8, 0.6], [-2, 0]]]).repeat(2, 1, 1).requires_grad_()
+    value = dino.koleo(z, z.detach())
+    torch.testing.assert_close(value / 3, hand_made_koleo(z[0]))
+    value.backward()
+    assert z.grad[0, 1, 1] < 0 and z.grad[0, 0, 1] > 0, "a step against the gradient turns the first two apart"
+    assert z.grad[0, 0, 0].abs() < 1e-6, "lengths are free"
+    same = torch.ones(2, 3, 2, requires_grad=True)
+    dino.koleo(same, same.detach()).backward()
+    assert same.grad.isfinite().all() and dino.koleo(z[:, :1], z[:, :1].detach()) == 0
+
+
 @pytest.mark.parametrize("epoch", (0, 1))
-def test_a_step_is_adamw_on_the_clipped_gradient_of_both_terms(epoch):
+def test_a_step_is_adamw_on_the_clipped_gradient_of_the_three_terms(epoch):
     """The first step of AdamW is lr g / (|g| + eps), after the weight has lost lr times decay of itself."""
-    (student, teacher, center), (after, *_), views, _ = one_step(epoch)
-    l_dino, _, commitment = hand_made_losses(student, teacher, center, views, 0.04 + 0.1 * 0.3)
-    (l_dino + 0.25 * commitment).backward()
+    (student, teacher), (after, _), views, _ = one_step(epoch)
+    l_dino, _, commitment, koleo = hand_made_losses(student, teacher, views)
+    (l_dino + 0.25 * commitment + 0.1 * koleo).backward()
     if epoch == 0:
         student.head.last_layer.weight.grad = None
     gradients = [w.grad for w in student.parameters() if w.grad is not None]
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     cosine = (1 + math.cos(0.3 * math.pi)) / 2
-    lr, decay = 1e-3 * cosine, 0.4 - 0.36 * cosine
+    lr, decay = 3e-3 * cosine, 0.4 - 0.36 * cosine
     for (name, old), new in zip(student.named_parameters(), after.parameters()):
         if old.grad is None:
             assert epoch == 0 and name == "head.last_layer.weight" and torch.equal(old, new)
@@ -266,20 +309,18 @@ def test_the_gradient_of_a_step_is_clipped_at_3_all_together():
     with torch.no_grad():
         for weight in (student.head.mlp[0].weight, student.head.mlp[4].weight, student.head.mlp[4].bias):
             weight.mul_(1e-3)  # of a short vector the direction is easily changed: a large gradient
-    dino.train_step(student, student, teacher, torch.zeros(10), optimizer, views, 3, 6, 20, 1, torch.Generator())
+    dino.train_step(student, student, teacher, optimizer, views, 3, 6, 20, 1, torch.Generator())
     means = [optimizer.state[w]["exp_avg"] for w in student.parameters()]
     norm = 10 * torch.stack([m.square().sum() for m in means]).sum().sqrt()
     torch.testing.assert_close(norm, torch.tensor(3.0), atol=1e-3, rtol=0)
 
 
-def test_a_step_moves_teacher_center_and_codebooks():
-    """teacher = m teacher + (1 - m) student; center = .9 center + .1 mean; centroids follow the z of all crops."""
-    (student, teacher, center), (new_student, new_teacher, new_center), views, _ = one_step(epoch=1)
+def test_a_step_moves_teacher_and_codebooks():
+    """teacher = m teacher + (1 - m) student; centroids follow the z of all crops."""
+    (student, teacher), (new_student, new_teacher), views, _ = one_step(epoch=1)
     m = 1 - (1 - (1 - 1 / 2)) * (1 + math.cos(0.3 * math.pi)) / 2  # 20 steps: from 1/2, of an average over 2
     for old, new, weight in zip(teacher.parameters(), new_teacher.parameters(), new_student.parameters()):
         torch.testing.assert_close(new, m * old + (1 - m) * weight)
-    out = torch.cat([teacher.head(teacher.backbone(x)) for x in views[0]])
-    torch.testing.assert_close(new_center, 0.9 * center + 0.1 * out.mean(0))
     z = torch.cat([student.backbone(x) for x in (*views[0], *views[1])]).detach()
     student.quantiser.update(z, torch.Generator().manual_seed(0))
     torch.testing.assert_close(new_student.quantiser.codebooks, student.quantiser.codebooks)
@@ -288,12 +329,10 @@ def test_a_step_moves_teacher_center_and_codebooks():
 
 def test_rates_warm_up_and_follow_a_cosine():
     quarter = (1 + math.cos(math.pi / 4)) / 2
-    for done, lr, decay, tau_t in ((0, 1e-5, 0.04, 0.04), (0.05, 0.51e-3, 0.04222, 0.045),
-                                   (0.25, quarter * 1e-3, 0.4 - 0.36 * quarter, 0.065),
-                                   (0.5, 0.5e-3, 0.22, 0.07), (1, 0, 0.4, 0.07)):
+    for done, lr, decay in ((0, 3e-5, 0.04), (0.05, 1.53e-3, 0.04222), (0.25, quarter * 3e-3, 0.4 - 0.36 * quarter),
+                            (0.5, 1.5e-3, 0.22), (1, 0, 0.4)):
         assert dino.learning_rate(done) == pytest.approx(lr)
         assert dino.weight_decay(done) == pytest.approx(decay, rel=1e-3)
-        assert dino.teacher_temperature(done) == pytest.approx(tau_t)
     for steps, first in ((100_000, 0.996), (2_500, 0.99), (10, 0.5)):
         assert dino.teacher_momentum(0, steps) == pytest.approx(first)
         assert dino.teacher_momentum(0.5, steps) == pytest.approx(1 - (1 - first) / 2)
@@ -305,7 +344,7 @@ def test_every_epoch_shuffles_and_draws_anew_and_from_its_own_seed(tmp_path, mon
     """Three epochs with seed 5: the views of epoch e follow from 5000 + e alone, whatever came before."""
     seen = []
 
-    def spy(student, replica, teacher, center, optimizer, views, B, step, steps, epoch, rng):
+    def spy(student, replica, teacher, optimizer, views, B, step, steps, epoch, rng):
         seen.append((views, B, step, steps, epoch))
         torch.rand(step, generator=rng)  # what a step draws must not reach the next epoch
         return torch.zeros(2)
@@ -318,7 +357,7 @@ def test_every_epoch_shuffles_and_draws_anew_and_from_its_own_seed(tmp_path, mon
     for epoch in range(3):
         rng = torch.Generator().manual_seed(5000 + epoch)
         batch = items[torch.randperm(22, generator=rng)][:8]
-        expected = dino.make_views(images[batch] / 255, 2 * torch.rand(4, 8, 8, generator=rng) - 1, 16, 2)
+        expected = dino.make_views(images[batch] / 255, 2 * torch.rand(4, 8, 12, generator=rng) - 1, 16, 4)
         for view, other in zip(seen[3 * epoch][0], expected):
             assert torch.equal(view, other)
     assert not torch.equal(seen[0][0][0], seen[3][0][0])
@@ -341,18 +380,41 @@ def test_a_share_of_a_batch_has_the_views_that_it_has_in_the_whole(monkeypatch):
 
 def test_crops_are_pictures_of_their_own():
     torch.manual_seed(0)
-    x, luck = torch.rand(6, 3, 16, 16), 2 * torch.rand(6, 8) - 1
+    x, luck = torch.rand(6, 3, 16, 16), 2 * torch.rand(6, 12) - 1
     view = dino.crops(x, 8, (0.3, 0.7), luck)
     assert view.shape == (6, 3, 8, 8) and 0 <= view.min() and view.max() <= 1
     same = dino.crops(x[:1].repeat(6, 1, 1, 1), 8, (0.3, 0.7), luck)
     assert len(same.flatten(1).unique(dim=0)) == 6
     torch.testing.assert_close(dino.crops(x, 8, (0.3, 0.7), luck)[1::2],
                                dino.crops(x[1::2], 8, (0.3, 0.7), luck[1::2]))
-    plain = torch.zeros(6, 8)
-    plain[:, 4] = 1
+    plain = torch.zeros(6, 12)
+    plain[:, [4, 11]] = 1  # not mirrored, not grey
     torch.testing.assert_close(dino.crops(x, 16, (1, 1), plain), x)
-    torch.testing.assert_close(dino.crops(x, 16, (1, 1), -plain), x.flip(3))
+    torch.testing.assert_close(dino.crops(x, 16, (1, 1), plain * torch.tensor([-1] * 11 + [1])), x.flip(3))
     assert dino.crops(x[:0], 8, (0.3, 0.7), luck[:0]).shape == (0, 3, 8, 8)
+
+
+def view_of(colour, **draws):
+    """The colour that a flat picture has in a view: only the named draws are not 0. -> (3,)"""
+    names = "area stretch left top mirror light contrast saturation red green blue grey".split()
+    luck = torch.zeros(1, 12)
+    luck[0, 11] = 1  # not grey
+    for name, draw in draws.items():
+        luck[0, names.index(name)] = draw
+    flat = torch.tensor(colour).view(1, 3, 1, 1).expand(-1, -1, 8, 8)
+    return dino.crops(flat, 8, (1, 1), luck)[0, :, 4, 4]
+
+
+def test_white_balance_gives_a_pale_background_any_tint_but_leaves_a_strong_colour_its_name():
+    torch.testing.assert_close(view_of([0.5, 0.5, 0.5], red=1, blue=-1), torch.tensor([0.6, 0.5, 0.4]))
+    for red, green, blue in itertools.product((-1, 1), repeat=3):
+        strong = view_of([0.7, 0.1, 0.1], red=red, green=green, blue=blue)
+        assert strong.argmax() == 0 and strong[0] > 4 * strong[1:].max()
+
+
+def test_two_of_five_views_are_grey():
+    torch.testing.assert_close(view_of([0.9, 0.3, 0.3], grey=-0.21), torch.full((3,), 0.5))
+    torch.testing.assert_close(view_of([0.9, 0.3, 0.3], grey=-0.19), torch.tensor([0.9, 0.3, 0.3]))
 
 
 def test_the_last_block_may_answer_for_its_first_token_only():
@@ -475,7 +537,7 @@ def interrupt(run, options, monkeypatch, name, at_step=None):
     real = getattr(dino, name)
 
     def pressed(*args):
-        if at_step is None or args[7] == at_step:
+        if at_step is None or args[6] == at_step:
             raise KeyboardInterrupt
         return real(*args)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
