@@ -81,7 +81,7 @@ MIN_EVENTS = 3  # a user needs one event each to train, validate and test
 #
 #   score(u, i, j) = - 0.5 log rank(i)                              some items sell better
 #                    + 3.0 [colour(i) is the favourite of u]        seen only in the picture
-#                    + 1.5 [pattern(i) is the favourite of u]       seen only in the picture
+#                    + 2.5 [pattern(i) is the favourite of u]       seen only in the picture
 #                    + 3.0 [material(i) is the favourite of u]      mostly named in title or text
 #                    + 4.5 [circle(i) = companion(circle(j))]       known only from purchases
 #                    + 0.5 [category(i) = following(category(j))]   in picture and title
@@ -90,13 +90,13 @@ MIN_EVENTS = 3  # a user needs one event each to train, validate and test
 # takes an item twice.
 
 POPULARITY = 0.5    # Zipf's law: the item of rank r sells like 1 / r to this power
-TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}  # what a favourite adds to the score
+TASTE = {"colour": 3.0, "pattern": 2.5, "material": 3.0}  # what a favourite adds to the score
 COMPANION = 4.5     # what the right circle adds
 FOLLOWING = 0.5     # what the right category adds
 WHIM = 0.1          # share of events that ignore all this: any item not yet taken, equally likely
 CIRCLES = 25        # groups, not shapes: each item is dealt into one, and nothing in it shows which
-TOY_ITEMS = 1050    # before the 5-core
-TOY_USERS = 4000
+TOY_ITEMS = 1600    # before the 5-core
+TOY_USERS = 2600
 LONGEST_WALK = 20   # events of the busiest customer
 INCOMPLETE = 0.05   # share of items without a picture, and of items without a text
 
@@ -515,9 +515,9 @@ def options(argv):
     add("--k-core", type=int, default=5, help="least events of a user and of an item")
     add("--max-events", type=int, default=0, help="keep a user's last ones only (0: all)")
     add("--max-items", type=int, default=0,
-        help="keep the most frequent ones (0: all); of the toy shop: draw so many (0: 1050)")
+        help="keep the most frequent ones (0: all); of the toy shop: draw so many (0: 1600)")
     add("--max-users", type=int, default=0,
-        help="keep some, drawn by the seed (0: all); of the toy shop: draw so many (0: 4000)")
+        help="keep some, drawn by the seed (0: all); of the toy shop: draw so many (0: 2600)")
     add("--ties", choices=("shuffle", "file"), default="shuffle", help="order of equal times")
     add("--image-size", type=int, default=0, help="S (0: 32 for toy, 64 for others)")
     add("--seed", type=int, default=0, help="of the toy shop, of ties, of --max-users")
