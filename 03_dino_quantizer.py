@@ -32,7 +32,7 @@ writes  dino.pt
           known             bool (N+1)              the item has a picture
           moved             int                     items that redistribution moved
 
-On the toy shop: 39 seconds, 0.6 GiB (2 cores of an AMD EPYC).
+On the toy shop of 2,412 items: 180 seconds of one busy core of an AMD EPYC.
 """
 import argparse
 import atexit
@@ -56,7 +56,7 @@ GLOBAL_SCALE = (0.5, 1.0)     # share of a picture's area that a global crop sho
 LOCAL_SCALE = (0.25, 0.6)     # the same of a local crop: a pattern needs two periods to be seen
 JITTER = 0.4                  # light, contrast and saturation change by up to this share
 BALANCE = 0.2                 # red, green and blue each change by up to this share
-GREY = 0.4                    # share of views without colour
+GREY = 0.3                    # share of views without colour
 MEAN = (0.485, 0.456, 0.406)  # of red, green, blue in ImageNet: the public weights expect them
 STD = (0.229, 0.224, 0.225)   # their deviation
 CODEBOOK_DECAY = 0.95         # what stays of a centroid in a step: it averages about 20 batches
