@@ -32,7 +32,7 @@ writes  dino.pt
           known             bool (N+1)              the item has a picture
           moved             int                     items that redistribution moved
 
-On the toy shop of 2,412 items: 180 seconds of one busy core of an AMD EPYC.
+On the toy shop of 2,412 items: 180 seconds, 0.4 GiB (1 core of an AMD EPYC, others at work).
 """
 import argparse
 import atexit

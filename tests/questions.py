@@ -7,7 +7,7 @@
     python tests/questions.py hole --run runs/films                      # what the last events of a history tell
     python tests/questions.py ceiling missing --run runs/films           # of the models that lie in the run
     python tests/questions.py unseen --run runs/toy                      # items that no training event shows
-    python tests/questions.py probe --run runs/toy                       # what image vectors and codes know of the shop
+    python tests/questions.py probe --run runs/toy                       # what image vectors know of the toy shop
     python tests/questions.py growth                                     # costs by the size of the catalogue
 
 A run holds the codes of one seed at a time: `hole`, `ceiling` and `missing` speak of the seed that was run last, and a
