@@ -705,9 +705,11 @@ def what_follows(one, rules, history):
 
 
 def probe(args):
-    """A softmax regression reads each property from the vectors of 03 and from raw pixels cut to the same width: it
-    learns on half of the items, and answers for the others. What codes know of it is their NMI, less that of codes
-    dealt out anew: of many groups that hold few items each, even those by chance seem to know something."""
+    """A softmax regression reads each property from the vectors of 03 and from raw pixels cut to the same width.
+
+    It learns on half of the items, and answers for the others. What codes know is their NMI, less that of shuffled
+    codes: of many groups with few items each, those seem to know something, too.
+    """
     data = load(args.run / "data.pt")
     make_pixel_codes(args.run, args.seeds[0])
     items = data["has_image"].nonzero()[:, 0]                           # (n,)
@@ -717,14 +719,13 @@ def probe(args):
         artifact = load(args.run / f"{name}_codes.pt")
         x = artifact["embeddings"][items]                               # (n, d)
         codes = artifact["codes"][items]                                # (n, L)
-        for of in ("colour", "pattern", "category"):
-            y = torch.as_tensor(data["meta"]["truth"][of])[items].long()  # (n,)
-            most = torch.bincount(y).max() / len(y)                     # ()
-            known = [most, linear_probe(x, y)]
+        for key in ("colour", "pattern", "category"):
+            y = torch.as_tensor(data["meta"]["truth"][key])[items].long()  # (n,)
+            chance = torch.bincount(y).max() / len(y)                   # ()
             told = script(6).meaning(codes, y)["nmi"]
-            by_chance = script(6).meaning(codes.roll(1, 0), y)["nmi"]
-            known.extend([told[0] - by_chance[0], told[1] - by_chance[1]])
-            answers.append([source, of, *decimals(known, ".2f")])
+            shuffled = script(6).meaning(codes.roll(1, 0), y)["nmi"]
+            known = [chance, linear_probe(x, y), told[0] - shuffled[0], told[1] - shuffled[1]]
+            answers.append([source, key, *decimals(known, ".2f")])
     table(["source", "property", "chance", "linear probe", "NMI of code 1", "NMI of codes 1, 2"], answers)
 
 
