@@ -59,6 +59,8 @@ ROWS = {
     "mscgrec": "",
     "tiger": "--modalities text --target text",
     "mscgrec-content": "--modalities image,text,collab-content --target collab-content",
+    "lookahead": "--lookahead",
+    "lookahead-content": "--lookahead --modalities image,text,collab-content --target collab-content",
 }
 
 # MSCGRec with something less or another: options of 05. Without an option it has all three modalities and writes the
@@ -80,6 +82,12 @@ ABLATIONS = {
     "raw-pixels": "--modalities pixels,text,collab",
     "no-distance": "",
     "no-slots": "",
+    "lookahead": "--lookahead",
+    "lookahead-no-image": "--lookahead --modalities text,collab",
+    "lookahead-no-text": "--lookahead --modalities image,collab",
+    "lookahead-no-collab-shown": "--lookahead --modalities image,text --target collab",
+    "lookahead-only-collab": "--lookahead --modalities collab",
+    "lookahead-raw-pixels": "--lookahead --modalities pixels,text,collab",
 }
 
 # Of two ablations: which table of the position biases stays at 0. 05 has no option for that.
@@ -205,7 +213,7 @@ def ablations(args):
             prepare(args.run, seed, ["sasrec", "dino", "text"])
         if "plain-dino" in todo:
             make_plain_codes(args.run, seed)
-        if "raw-pixels" in todo:
+        if "raw-pixels" in todo or "lookahead-raw-pixels" in todo:
             make_pixel_codes(args.run, seed)
         for name in todo:
             options = generator_options(args, seed, name, ABLATIONS.get(name, ""))
@@ -514,11 +522,13 @@ def what_does_not_last(five, model, trie, args, data, run):
 # --- Unseen items -----------------------------------------------------------------------------------------------------
 
 
-TARGETS = {  # rows of the table: which modality 05 writes; SASRec writes none
+WRITERS = {  # rows of the table: the options of 05; SASRec writes nothing
     "sasrec": None,
-    "to-collab": "collab",
-    "to-text": "text",
-    "to-image": "image",
+    "to-collab": ["--target", "collab"],
+    "to-text": ["--target", "text"],
+    "to-image": ["--target", "image"],
+    "lookahead": ["--lookahead"],
+    "lookahead-to-text": ["--lookahead", "--target", "text"],
 }
 
 
@@ -526,7 +536,7 @@ def unseen(args):
     """A twentieth of the items lose all events but those to be found; the models are trained without them."""
     data = load(args.run / "data.pt")
     N = len(data["item_ids"]) - 1
-    recall = {name: [] for name in TARGETS}
+    recall = {name: [] for name in WRITERS}
     for seed in args.seeds:
         torch.manual_seed(seed)
         held = torch.zeros(N + 1, dtype=torch.bool)                     # (N+1,)
@@ -539,14 +549,13 @@ def unseen(args):
         link("images.pt", args.run, folder)
         for number in (2, 3, 4):
             call(number, "--run", folder, "--seed", seed)
-        for name, target in TARGETS.items():
-            if target:
-                options = ["--epochs", args.epochs, "--name", name, "--target", target]
-                call(5, "--run", folder, "--seed", seed, *options)
+        for name, options in WRITERS.items():
+            if options:
+                call(5, "--run", folder, "--seed", seed, "--epochs", args.epochs, "--name", name, *options)
 
         to_be_found = new["events"][new["offsets"][1:] - 1].long()      # (U,)
         looks_for_unseen = held[to_be_found]                            # (U,)
-        for name in TARGETS:
+        for name in WRITERS:
             top = load(folder / f"predictions-{name}-s{seed}.pt")["test"]  # (U, top)
             hit = hits(top, new)                                        # (U,)
             both = [hit[looks_for_unseen].mean(), hit[~looks_for_unseen].mean()]
