@@ -793,8 +793,12 @@ def addresses(images):
     """The pictures of an item, the likeliest first. -> list of addresses or paths
 
     images: an address, a list of addresses, or as in Amazon Reviews 2023 a list of
-    {"variant": "MAIN", "large": .., "hi_res": .., "thumb": ..}
+    {"variant": "MAIN", "large": .., "hi_res": .., "thumb": ..}; its Parquet files have
+    {"variant": ["MAIN", ..], "large": [..], ..} instead
     """
+    if isinstance(images, dict):
+        columns = {key: value for key, value in images.items() if isinstance(value, list)}
+        images = [dict(zip(columns, row)) for row in zip(*columns.values())]
     if not isinstance(images, list):
         return [images]
     first = []
