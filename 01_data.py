@@ -837,7 +837,7 @@ def picture_finder(folder):
 
 FIRST_BYTES = {  # of a file that is no table: what it is, and the Python that makes a table of it
     b"PAR1": "is Parquet: import pandas; "
-             "pandas.read_parquet('{name}').to_csv('{name}.csv', index=False)",
+             "pandas.read_parquet('{name}').to_json('{name}.jsonl', orient='records', lines=True)",
     b"PK\3\4": "is Excel: import pandas; "
                "pandas.read_excel('{name}', dtype=str).to_csv('{name}.csv', index=False)",
     b"\xd0\xcf\x11\xe0": "is Excel: import pandas; "
