@@ -649,6 +649,7 @@ WHAT_TO_DO = {  # about what is lost
     "no item": "the column of items is empty, or holds no id",
     "bad time": "neither a number from 0 nor a date as 2020-09-13 12:26:40",
     "not in the catalogue": "they have neither title nor text",
+    "picture is named, but no such file": "a path begins in the folder, or in its images/",
     "picture is a URL, not fetched": "--fetch-images fetches them into the folder",
 }
 
@@ -822,6 +823,7 @@ def picture_finder(folder):
     def open_picture(item_id, picture):
         names = [cached_name(item_id), picture]  # the first is where fetched ones are put
         for place in places:
+            names.append(f"{place}/{picture}")
             names += [f"{place}/{item_id}.{kind}" for kind in PICTURE_ENDINGS]
         for name in names:
             # Joined as texts, as Path(folder) / "/etc/x" leaves the folder; ".." would, too.
@@ -1347,6 +1349,8 @@ def write_images(run, item_ids, pictures, open_picture, args, counts):
             image = open_picture(item_ids[i - 1], pictures[i])
             if image is None and is_url(pictures[i]):
                 return "picture is a URL, not fetched", blank
+            if image is None and pictures[i]:
+                return "picture is named, but no such file", blank
             if image is None:
                 return "no picture", blank
             return "picture", decoders.apply(squeeze, [image, S])
