@@ -647,7 +647,7 @@ WHAT_TO_DO = {  # about what is lost
     "malformed line": "a quote, bracket or separator is missing or too many",
     "no user": "the column of users is empty, or holds no id",
     "no item": "the column of items is empty, or holds no id",
-    "bad time": "neither a number from 0 nor a date as 2020-09-13 12:26:40",
+    "bad time": "missing, or neither a number from 0 nor a date as 2020-09-13 12:26:40",
     "not in the catalogue": "they have neither title nor text",
     "picture is named, but no such file": "a path begins in the folder, or in its images/",
     "picture is a URL, not fetched": "--fetch-images fetches them into the folder",
