@@ -960,10 +960,13 @@ def choose_log(folder, tables):
     lacking = EVENT  # what the nearest table lacks
     for table in tables:
         lacks = [field for field in EVENT if field not in table.columns]
-        lacking = min(lacking, lacks, key=len)
+        if len(lacks) < len(lacking):
+            lacking = lacks
+            nearest = table.path.relative_to(folder)
     needed = "all of user_id, item_id, timestamp"
     if len(lacking) < len(EVENT):
         needed = "; ".join(f"{field} ({', '.join(COLUMNS[field].split())})" for field in lacking)
+        needed += f": rename columns of {nearest}"
     fail(f"{folder} has no table of events; the nearest lacks {needed}. "
          f"Found: {found_tables(folder, tables)}.")
 
