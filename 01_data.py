@@ -981,11 +981,17 @@ def choose_catalogue(folder, tables, log):
                 catalogues.append(table)
         if catalogues:
             return largest(folder, catalogues, "items")
-    unused = [table for table in others if table.problem or "title" in table.columns]
+    unused = []
+    for table in others:
+        # events.parquet may stay beside events.parquet.jsonl, which was made of it as we asked.
+        done = unpacked_name(table.path) in unpacked_name(log.path)
+        if not done and (table.problem or "title" in table.columns):
+            unused.append(table)
     if unused:
         known = ", ".join(COLUMNS["item"].split())
         fail(f"{folder} has events in {log.path.name}, but no table of items, with their ids "
-             f"({known}). Found: {found_tables(folder, unused)}.")
+             f"({known}): rename their column, or take away what is no table of items. "
+             f"Found: {found_tables(folder, unused)}.")
     return None
 
 
