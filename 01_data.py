@@ -704,7 +704,7 @@ def print_summary(data):
 COLUMNS = {  # field: what tables call it. Where a row has several, the first that is not empty
     "user": "user_id user reviewer_id uid customer_id visitor_id",
     "item": "parent_asin asin item_id item movie_id product_id business_id book_id video_id sku",
-    "time": "timestamp unix_review_time time event_time datetime date created_at",
+    "time": "timestamp unix_review_time time event_time datetime date",
     "title": "title movie_title item_title product_title product_name item_name name",
     "text": "features feature description text overview abstract",  # not the first: all of them
     "categories": "categories category genres genre main_category main_cat tag class",
