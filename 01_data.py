@@ -647,8 +647,9 @@ WHAT_TO_DO = {  # about what is lost
     "malformed line": "a quote, bracket or separator is missing or too many",
     "no user": "the column of users is empty, or holds no id",
     "no item": "the column of items is empty, or holds no id",
-    "bad time": "neither a number from 0 nor a date as 2020-09-13 12:26:40",
+    "bad time": "missing, or neither a number from 0 nor a date as 2020-09-13 12:26:40",
     "not in the catalogue": "they have neither title nor text",
+    "picture is named, but no such file": "a path begins in the folder, or in its images/",
     "picture is a URL, not fetched": "--fetch-images fetches them into the folder",
 }
 
@@ -702,12 +703,12 @@ def print_summary(data):
 
 COLUMNS = {  # field: what tables call it. Where a row has several, the first that is not empty
     "user": "user_id user reviewer_id uid customer_id visitor_id",
-    "item": "parent_asin asin item_id item movie_id product_id business_id book_id video_id",
+    "item": "parent_asin asin item_id item movie_id product_id business_id book_id video_id sku",
     "time": "timestamp unix_review_time time event_time datetime date",
     "title": "title movie_title item_title product_title product_name item_name name",
     "text": "features feature description text overview abstract",  # not the first: all of them
     "categories": "categories category genres genre main_category main_cat tag class",
-    "picture": "images image_url_high_res image_url im_url image",
+    "picture": "images image_url_high_res image_url im_url image image_path",
 }
 EVENT = ("user", "item", "time")  # the fields without which there is no event
 GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
@@ -793,8 +794,12 @@ def addresses(images):
     """The pictures of an item, the likeliest first. -> list of addresses or paths
 
     images: an address, a list of addresses, or as in Amazon Reviews 2023 a list of
-    {"variant": "MAIN", "large": .., "hi_res": .., "thumb": ..}
+    {"variant": "MAIN", "large": .., "hi_res": .., "thumb": ..}; its Parquet files have
+    {"variant": ["MAIN", ..], "large": [..], ..} instead
     """
+    if isinstance(images, dict):
+        columns = {key: value for key, value in images.items() if isinstance(value, list)}
+        images = [dict(zip(columns, row)) for row in zip(*columns.values())]
     if not isinstance(images, list):
         return [images]
     first = []
@@ -818,6 +823,7 @@ def picture_finder(folder):
     def open_picture(item_id, picture):
         names = [cached_name(item_id), picture]  # the first is where fetched ones are put
         for place in places:
+            names.append(f"{place}/{picture}")
             names += [f"{place}/{item_id}.{kind}" for kind in PICTURE_ENDINGS]
         for name in names:
             # Joined as texts, as Path(folder) / "/etc/x" leaves the folder; ".." would, too.
@@ -833,7 +839,7 @@ def picture_finder(folder):
 
 FIRST_BYTES = {  # of a file that is no table: what it is, and the Python that makes a table of it
     b"PAR1": "is Parquet: import pandas; "
-             "pandas.read_parquet('{name}').to_csv('{name}.csv', index=False)",
+             "pandas.read_parquet('{name}').to_json('{name}.jsonl', orient='records', lines=True)",
     b"PK\3\4": "is Excel: import pandas; "
                "pandas.read_excel('{name}', dtype=str).to_csv('{name}.csv', index=False)",
     b"\xd0\xcf\x11\xe0": "is Excel: import pandas; "
@@ -954,10 +960,13 @@ def choose_log(folder, tables):
     lacking = EVENT  # what the nearest table lacks
     for table in tables:
         lacks = [field for field in EVENT if field not in table.columns]
-        lacking = min(lacking, lacks, key=len)
+        if len(lacks) < len(lacking):
+            lacking = lacks
+            nearest = table.path.relative_to(folder)
     needed = "all of user_id, item_id, timestamp"
     if len(lacking) < len(EVENT):
         needed = "; ".join(f"{field} ({', '.join(COLUMNS[field].split())})" for field in lacking)
+        needed += f": rename columns of {nearest}"
     fail(f"{folder} has no table of events; the nearest lacks {needed}. "
          f"Found: {found_tables(folder, tables)}.")
 
@@ -972,11 +981,17 @@ def choose_catalogue(folder, tables, log):
                 catalogues.append(table)
         if catalogues:
             return largest(folder, catalogues, "items")
-    unused = [table for table in others if table.problem or "title" in table.columns]
+    unused = []
+    for table in others:
+        # events.parquet may stay beside events.parquet.jsonl, which was made of it as we asked.
+        done = unpacked_name(table.path) in unpacked_name(log.path)
+        if not done and (table.problem or "title" in table.columns):
+            unused.append(table)
     if unused:
         known = ", ".join(COLUMNS["item"].split())
         fail(f"{folder} has events in {log.path.name}, but no table of items, with their ids "
-             f"({known}). Found: {found_tables(folder, unused)}.")
+             f"({known}): rename their column, or take away what is no table of items. "
+             f"Found: {found_tables(folder, unused)}.")
     return None
 
 
@@ -1343,6 +1358,8 @@ def write_images(run, item_ids, pictures, open_picture, args, counts):
             image = open_picture(item_ids[i - 1], pictures[i])
             if image is None and is_url(pictures[i]):
                 return "picture is a URL, not fetched", blank
+            if image is None and pictures[i]:
+                return "picture is named, but no such file", blank
             if image is None:
                 return "no picture", blank
             return "picture", decoders.apply(squeeze, [image, S])
