@@ -94,9 +94,9 @@ TASTE = {"colour": 3.0, "pattern": 2.5, "material": 3.0}  # what a favourite add
 COMPANION = 4.5     # what the right circle adds
 FOLLOWING = 0.5     # what the right category adds
 WHIM = 0.1          # share of events that ignore all this: any item not yet taken, equally likely
-CIRCLES = 12        # groups, not shapes: each item is dealt into one, and nothing in it shows which
-TOY_ITEMS = 1600    # before the 5-core
-TOY_USERS = 2600
+CIRCLES = 25        # groups, not shapes: each item is dealt into one, and nothing in it shows which
+TOY_ITEMS = 2500    # before the 5-core
+TOY_USERS = 4000
 LONGEST_WALK = 20   # events of the busiest customer
 INCOMPLETE = 0.05   # share of items without a picture, and of items without a text
 
@@ -515,9 +515,9 @@ def options(argv):
     add("--k-core", type=int, default=5, help="least events of a user and of an item")
     add("--max-events", type=int, default=0, help="keep a user's last ones only (0: all)")
     add("--max-items", type=int, default=0,
-        help="keep the most frequent ones (0: all); of the toy shop: draw so many (0: 1600)")
+        help="keep the most frequent ones (0: all); of the toy shop: draw so many (0: 2500)")
     add("--max-users", type=int, default=0,
-        help="keep some, drawn by the seed (0: all); of the toy shop: draw so many (0: 2600)")
+        help="keep some, drawn by the seed (0: all); of the toy shop: draw so many (0: 4000)")
     add("--ties", choices=("shuffle", "file"), default="shuffle", help="order of equal times")
     add("--image-size", type=int, default=0, help="S (0: 32 for toy, 64 for others)")
     add("--seed", type=int, default=0, help="of the toy shop, of ties, of --max-users")

@@ -13,6 +13,7 @@ cross-attention has biases too, distances have no buckets; the output is not tie
 embeddings, attention weights and the inside of the feed-forward layers have no dropout.
 
     python 05_generator.py                                               # MSCGRec
+    python 05_generator.py --name lookahead --lookahead                  # ours: see "Looking ahead"
     python 05_generator.py --name tiger --modalities text --target text  # TIGER-like: text alone
     python 05_generator.py --history "part of a title; another title"    # and then? history.png
     torchrun --nproc_per_node=2 -- 05_generator.py                       # several GPUs
@@ -875,7 +876,7 @@ def options(argv):
     add("--dropout", type=float, default=0.1, help="share of activations dropped in training")
     add("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     add("--batch", type=int, default=128, help="targets a training step, of each process")
-    add("--epochs", type=int, default=30, help="passes over the training events")
+    add("--epochs", type=int, default=20, help="passes over the training events")
     add("--beam", type=int, default=20, help="prefixes kept in the search = items recommended")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")

@@ -1191,7 +1191,7 @@ OPTIONS = [
     (1, "--seed -1", "--seed -1"),
     (1, f"--seed {10 ** 30}", "--seed"),
     (1, f"--image-size {10 ** 6}", "--image-size"),
-    (1, "--max-items 50000", "lower --max-items"),
+    (1, "--max-items 30000", "lower --max-items"),
     (1, "--max-users 100000", "or --max-users"),
     (1, "--max-events -1", "--max-events -1"),
     (1, "--dataset nowhere", "nowhere is neither"),

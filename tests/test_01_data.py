@@ -119,7 +119,7 @@ def test_the_toy_shop_has_its_sizes_and_counts_training_events_only(toy):
     N = len(data["item_ids"]) - 1
     events = data["events"]
     offsets = data["offsets"]
-    assert 2500 <= U <= 2600 and 1500 <= N <= 1600
+    assert U == 4000 and 2350 <= N <= 2500
     assert images.shape == (N + 1, 3, 32, 32) and images.dtype == torch.uint8
     assert events.dtype == torch.int32 and offsets.dtype == torch.int64
     assert int(events.min()) == 1 and int(events.max()) == N and offsets[-1] == len(events)
@@ -497,7 +497,7 @@ def test_an_old_python_is_told_so(monkeypatch, capsys):
 @pytest.mark.parametrize("options", [
     ["--dataset", "no/such/folder"], ["--dataset", "nothing"], ["--k-core", "0"],
     ["--max-items", "-1"], ["--image-size", "-8"], ["--image-size", "1025"], ["--seed", "-1"],
-    ["--seed", str(2 ** 32)], ["--max-items", "50000"], ["--max-users", "100000"],
+    ["--seed", str(2 ** 32)], ["--max-items", "30000"], ["--max-users", "100000"],
     ["--dataset", "Tiny_Shop", "--base-url", "http://127.0.0.1:9"],
     ["--dataset", "Tiny_Shop", "--base-url", "ftp://127.0.0.1"],
     ["--dataset", "Tiny_Shop", "--base-url", "nonsense"], ["--dataset", "."]])

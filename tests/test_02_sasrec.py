@@ -325,23 +325,6 @@ def test_validation_that_stands_still_ends_nothing_and_the_best_epoch_is_kept(sc
     assert torch.equal(saved["weights"]["items.weight"], weights[21])
 
 
-def test_weight_decay_shrinks_matrices_and_leaves_norms_and_biases_alone(scripts):
-    """A step without any gradient takes lr * the decay of each matrix away, and nothing else."""
-    s = scripts[2]
-    args = s.options(["--device", "cpu", "--weight-decay", "0.5"])
-    model = model_of(scripts)
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    optimizer = s.optimizer_of(model, args)
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
-    optimizer.step()
-    for name, weight in model.named_parameters():
-        left = 0.95 if weight.ndim > 1 else 1.0
-        torch.testing.assert_close(weight.detach(), left * before[name])
-
-
 def test_a_target_weighs_the_same_in_every_batch(scripts):
     """One step of plain gradient descent is lr * the gradient of the summed loss / --batch."""
     s = scripts[2]
