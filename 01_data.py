@@ -1161,6 +1161,15 @@ def csv_rows(lines, path, counts):
     table = csv.DictReader(lines, header, delimiter=separator, quoting=quoting, strict=True,
                            skipinitialspace=True)
     header_lines = 0 if header else 1
+
+    # A join of two tables may name a column twice, and a dict would keep the last: we keep the first.
+    with contextlib.suppress(csv.Error):
+        names = list(table.fieldnames or [])
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                names[place] = f"{name}, again"
+                counts[f"{path.name}: columns named {name} again, not read"] = 1
+        table.fieldnames = names or None
     while True:
         # Lines read so far; the first call of next() reads the header too.
         begin = max(header_lines, table.reader.line_num)

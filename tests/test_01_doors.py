@@ -256,6 +256,16 @@ def test_times_are_understood_in_any_usual_form(tmp_path, written):
         assert items == sorted(items, key=lambda item: int(item) * step % 7)
 
 
+def test_of_two_columns_with_one_name_the_first_is_read_and_it_is_said(tmp_path, scripts):
+    """A join in SQL gives them; a dict keeps the last, which here would be one item for all."""
+    (tmp_path / "joined.csv").write_text("user_id,item_id,timestamp,item_id\n" + "".join(
+        f"u{n % 4},i{n // 4},{n},same\n" for n in range(20)))
+    counts = Counter()
+    rows = list(scripts[1].read_table(tmp_path / "joined.csv", counts))
+    assert [row["item_id"] for row in rows] == [f"i{n // 4}" for n in range(20)]
+    assert counts == {"joined.csv: columns named item_id again, not read": 1}
+
+
 @pytest.mark.parametrize("value", ["-400000000", "noon", "01/02/2020", "1,600,000,000", "9e99", "nan"])
 def test_a_column_without_a_time_that_is_understood_is_named_with_a_value(tmp_path, value):
     folder = two_tables(tmp_path / "folder", time=lambda u, i: f'"{value}"')
