@@ -81,7 +81,7 @@ MIN_EVENTS = 3  # a user needs one event each to train, validate and test
 #
 #   score(u, i, j) = - 0.5 log rank(i)                              some items sell better
 #                    + 3.0 [colour(i) is the favourite of u]        seen only in the picture
-#                    + 2.5 [pattern(i) is the favourite of u]       seen only in the picture
+#                    + 1.5 [pattern(i) is the favourite of u]       seen only in the picture
 #                    + 3.0 [material(i) is the favourite of u]      mostly named in title or text
 #                    + 4.5 [circle(i) = companion(circle(j))]       known only from purchases
 #                    + 0.5 [category(i) = following(category(j))]   in picture and title
@@ -90,7 +90,7 @@ MIN_EVENTS = 3  # a user needs one event each to train, validate and test
 # takes an item twice.
 
 POPULARITY = 0.5    # Zipf's law: the item of rank r sells like 1 / r to this power
-TASTE = {"colour": 3.0, "pattern": 2.5, "material": 3.0}  # what a favourite adds to the score
+TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}  # what a favourite adds to the score
 COMPANION = 4.5     # what the right circle adds
 FOLLOWING = 0.5     # what the right category adds
 WHIM = 0.1          # share of events that ignore all this: any item not yet taken, equally likely
