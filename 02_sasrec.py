@@ -58,7 +58,8 @@ except ImportError:  # Windows
 
 SAMPLED_FROM = 50_000      # items; larger catalogues train with a sampled softmax
 NEGATIVES = 4096           # items that it draws, once a step, for all targets of the step
-WARM_UP = 0.05             # share of the training in which the learning rate rises
+WARM_UP = 0.02             # share of the training in which the learning rate rises
+COOL_DOWN = 0.3            # share, the last one, in which it falls to zero
 VALIDATION_USERS = 20_000  # at the most; their validation events decide which epoch is kept
 RANKED_EVENTS = 8192       # events read at once when users are ranked
 
@@ -333,15 +334,16 @@ def binary_cross_entropy(hidden, vectors, target):
 
 
 def learning_rate(highest, progress):
-    """highest * min(1, p / WARM_UP) * (1 + cos(pi p)) / 2, at the share p of all training.
+    """highest * min(1, p / WARM_UP, (1 - p) / COOL_DOWN), at the share p of all training.
 
     It rises at first, as Adam divides by a mean of squared gradients that it does not know yet.
     It is high for long, to get far. Then it falls: each batch pulls the weights its own way, and
-    small steps settle in the middle of these pulls, where large ones jump about.
+    small steps settle in the middle of these pulls, where large ones jump about. (A cosine falls
+    from the start: with it, as many epochs got less far here.)
     """
-    rise = min(1, progress / WARM_UP)
-    fall = (1 + math.cos(math.pi * progress)) / 2
-    return highest * rise * fall
+    rise = progress / WARM_UP
+    fall = (1 - progress) / COOL_DOWN
+    return highest * min(1, rise, fall)
 
 
 # --- Ranking -------------------------------------------------------------------------------------
@@ -563,7 +565,7 @@ def options(argv):
     add("--dropout", type=float, default=0.5, help="share of activations dropped in training")
     add("--lr", type=float, default=1e-3, help="the highest learning rate of Adam")
     add("--batch", type=int, default=128, help="targets a training step, of each process")
-    add("--epochs", type=int, default=60, help="passes over the training events, all are made")
+    add("--epochs", type=int, default=70, help="passes over the training events, all are made")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
