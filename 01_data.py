@@ -1162,7 +1162,7 @@ def csv_rows(lines, path, counts):
                            skipinitialspace=True)
     header_lines = 0 if header else 1
 
-    # A join of two tables may name a column twice, and a dict would keep the last: we keep the first.
+    # A join of tables may name a column twice, and a dict would keep the last: we keep the first.
     with contextlib.suppress(csv.Error):
         names = list(table.fieldnames or [])
         for place, name in enumerate(names):

@@ -305,7 +305,7 @@ def test_each_step_takes_its_place_in_the_schedule_however_many_steps_an_epoch_h
     highest = rates.argmax()
     assert (rates[:highest + 1].diff() >= 0).all() and (rates[highest:].diff() <= 0).all()
     assert 0 < rates[-1] < 0.1 * args.lr and rates.max() == args.lr
-    assert rates.diff().abs().max() < 0.1 * args.lr
+    assert rates[highest:].diff().abs().max() < 0.2 * args.lr
 
 
 def test_validation_that_stands_still_ends_nothing_and_the_best_epoch_is_kept(scripts, smoke, tmp_path, monkeypatch):
