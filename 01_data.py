@@ -31,7 +31,7 @@ writes  images.pt
           images         uint8 (N+1, 3, S, S)   all zero where there is no picture
 writes  items.png        what 24 items and one user's history look like at this size
 
-On the toy shop: 3 seconds, 0.3 GiB (2 cores of an AMD EPYC).
+On the toy shop: 20 seconds, 0.3 GiB (1 core of an AMD EPYC).
 """
 import argparse
 import array

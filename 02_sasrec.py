@@ -32,7 +32,7 @@ writes  sasrec.pt
           moved             int                  items that redistribution moved
         predictions-sasrec-s0.pt                 as 06_eval.py describes
 
-On the toy shop: 50 seconds of one core (AMD EPYC), 0.4 GiB.
+On the toy shop: 4 minutes, 0.4 GiB (1 core of an AMD EPYC, others at work).
 """
 import argparse
 import atexit

@@ -36,7 +36,7 @@ writes  generator-mscgrec.pt
         predictions-mscgrec-s0.pt           as 06_eval.py describes
         history.png                         only with --history
 
-On the toy shop: 3.3 minutes, 0.5 GiB (2 cores of an AMD EPYC).
+On the toy shop: 8 minutes, 0.5 GiB (1 core of an AMD EPYC, others at work).
 """
 import argparse
 import atexit
