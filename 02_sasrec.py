@@ -32,7 +32,7 @@ writes  sasrec.pt
           moved             int                  items that redistribution moved
         predictions-sasrec-s0.pt                 as 06_eval.py describes
 
-On the toy shop: 4 minutes, 0.4 GiB (1 core of an AMD EPYC, others at work).
+On the toy shop: 3.2 minutes, 0.4 GiB (2 cores of an AMD EPYC).
 """
 import argparse
 import atexit
@@ -215,7 +215,7 @@ class SASRec(nn.Module):
 
         With content, item and content are normed before they are added, which shortens a plateau
         (tests/README.md). Equal lengths alone do not explain it: a tenth as long, both still stand
-        still. Without content this is SASRec as it was published.
+        still. Without content the items go in as they are.
         """
         place = torch.arange(history.shape[1], device=history.device)   # (T,)
         x = self.items(history)                                         # (B, T, E)
@@ -338,8 +338,8 @@ def learning_rate(highest, progress):
 
     It rises at first, as Adam divides by a mean of squared gradients that it does not know yet.
     It is high for long, to get far. Then it falls: each batch pulls the weights its own way, and
-    small steps settle in the middle of these pulls, where large ones jump about. (A cosine falls
-    from the start: with it, as many epochs got less far here.)
+    small steps settle in the middle of these pulls, where large ones jump about. (A cosine, which
+    falls from the start, got less far here: tests/README.md.)
     """
     rise = progress / WARM_UP
     fall = (1 - progress) / COOL_DOWN
@@ -656,7 +656,7 @@ def count_parameters(model):
 def train(model, run, data, args):
     """All epochs, each followed by validation. -> state, with the best one
 
-    state: losses and ndcg of each epoch, step, seconds, best (weights by name).
+    state: losses and ndcg of each epoch, seconds, best (weights by name).
     """
     validation_users = torch.randperm(len(data["user_ids"]))[:VALIDATION_USERS]  # (n,)
     replica = model  # the model itself, or what makes several processes agree on its gradients
@@ -722,14 +722,13 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         share = batch[args.rank::args.world]                            # (B,) of this process
         events = data["events"][start[share, None] + place]             # (B, T+1)
         events = events.long().to(args.device)                          # (B, T+1)
-        state["step"] += 1
         # The cuts of long histories move, so epochs differ in steps: count within this epoch.
         progress = (epoch + (number + 0.5) / len(batches)) / args.epochs
         lr = learning_rate(args.lr, progress)
         total += train_step(model, replica, optimizer, lr, events, log_q, args)
         targets += len(batch) * (len(place) - 1)
         if not math.isfinite(total):
-            fail(f"step {state['step']}: the loss is no number: start over with a lower --lr and "
+            fail(f"step {number}: the loss is no number: start over with a lower --lr and "
                  "--fresh.")
 
     if args.max_steps:
@@ -938,7 +937,7 @@ def resume(run, name, args, **parts):
     """
     path = run.folder / name
     if args.fresh or args.max_steps or not path.exists():
-        return {"losses": [], "ndcg": [], "step": 0, "seconds": 0.0}
+        return {"losses": [], "ndcg": [], "seconds": 0.0}
     state = run.load(name, "this script with --fresh")
     del run.made_from[name]  # results are not made from a checkpoint
 

@@ -25,7 +25,7 @@ writes  text_codes.pt
           moved        int                items that redistribution moved
           options      dict               the options of this run
 
-On the toy shop: 1 second, 0.3 GiB (2 cores of an AMD EPYC).
+On the toy shop: 5 seconds, 0.3 GiB (2 cores of an AMD EPYC).
 """
 import argparse
 import contextlib

@@ -33,7 +33,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from bench import MODALITIES, K, best, random_sources
 from conftest import command, script
@@ -748,7 +747,8 @@ def linear_probe(x, y):
     def loss():
         optimizer.zero_grad()
         logits = x[:half] @ weight[1:] + weight[0]                      # (half, values)
-        value = F.cross_entropy(logits, y[:half]) + 0.0001 * weight[1:].square().sum()  # ()
+        misfit = torch.nn.functional.cross_entropy(logits, y[:half])    # ()
+        value = misfit + 0.0001 * weight[1:].square().sum()  # ()
         value.backward()
         return value
 

@@ -270,7 +270,7 @@ def epoch_of(s, data, monkeypatch, epoch, rank=0):
     args = s.options(["--smoke", "--device", "cpu"])
     args.rank, args.world = rank, 4
     model = s.SASRec(len(data["item_ids"]) - 1, 20, 16, 2, 1, 0.5)
-    s.train_epoch(model, model, None, {"step": 0, "ndcg": []}, epoch, data, args)
+    s.train_epoch(model, model, None, {"ndcg": []}, epoch, data, args)
     monkeypatch.undo()
     return torch.cat(made).tolist(), drawn[0]
 
@@ -300,7 +300,7 @@ def test_each_step_takes_its_place_in_the_schedule_however_many_steps_an_epoch_h
     args.rank, args.world = 0, 1
     model = s.SASRec(len(data["item_ids"]) - 1, 20, 16, 2, 1, 0.5)
     for epoch in range(3):
-        s.train_epoch(model, model, None, {"step": 0, "ndcg": []}, epoch, data, args)
+        s.train_epoch(model, model, None, {"ndcg": []}, epoch, data, args)
     rates = torch.tensor(rates)
     highest = rates.argmax()
     assert (rates[:highest + 1].diff() >= 0).all() and (rates[highest:].diff() <= 0).all()
