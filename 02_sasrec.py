@@ -58,6 +58,7 @@ except ImportError:  # Windows
 
 SAMPLED_FROM = 50_000      # items; larger catalogues train with a sampled softmax
 NEGATIVES = 4096           # items that it draws, once a step, for all targets of the step
+WEIGHT_DECAY = 0.5         # of AdamW: each step shortens all weights by this times its rate
 WARM_UP = 0.02             # share of the training in which the learning rate rises
 COOL_DOWN = 0.3            # share, the last one, in which it falls to zero
 VALIDATION_USERS = 20_000  # at the most; their validation events decide which epoch is kept
@@ -211,17 +212,16 @@ class SASRec(nn.Module):
         return self.items.weight + self.project(self.content)           # (N+1, E)
 
     def embed(self, history):
-        """Which item, what else is known of it, and at which place. (B, T) -> (B, T, E)
+        """Which item and at which place. (B, T) -> (B, T, E)
 
-        With content, item and content are normed before they are added, which shortens a plateau
-        (tests/README.md). Equal lengths alone do not explain it: a tenth as long, both still stand
-        still. Without content the items go in as they are.
+        The item's vector goes in normed: how long it is says how readily the item is recommended,
+        and weight decay keeps it short. What goes in depends on neither.
         """
         place = torch.arange(history.shape[1], device=history.device)   # (T,)
         x = self.items(history)                                         # (B, T, E)
         if self.project is not None:
-            x = normed(x) + normed(self.project(self.content[history]))  # (B, T, E)
-        return x + self.positions(place)                                # (B, T, E)
+            x = x + self.project(self.content[history])                 # (B, T, E)
+        return normed(x) + self.positions(place)                        # (B, T, E)
 
     def forward(self, history):
         """Item ids (B, T) -> what is wanted after each of them (B, T, E)"""
@@ -563,9 +563,9 @@ def options(argv):
     add("--layers", type=int, default=2, help="transformer blocks")
     add("--heads", type=int, default=2, help="H: attention heads")
     add("--dropout", type=float, default=0.5, help="share of activations dropped in training")
-    add("--lr", type=float, default=1e-3, help="the highest learning rate of Adam")
-    add("--batch", type=int, default=128, help="targets a training step, of each process")
-    add("--epochs", type=int, default=70, help="passes over the training events, all are made")
+    add("--lr", type=float, default=4e-3, help="the highest learning rate of AdamW")
+    add("--batch", type=int, default=512, help="targets a training step, of each process")
+    add("--epochs", type=int, default=60, help="passes over the training events, all are made")
     add("--max-steps", type=int, default=0, help="a trial: only so many, of one epoch")
     add("--fresh", action="store_true", help="start over: leave a stopped run's checkpoint aside")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
@@ -662,7 +662,9 @@ def train(model, run, data, args):
     replica = model  # the model itself, or what makes several processes agree on its gradients
     if args.world > 1:
         replica = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)  # each step sets its rate
+    # Each step sets its rate. The decay is strong: without it the vectors learn the training events
+    # by heart, and codes that are cut from them carry that on (tests/README.md).
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     checkpoint = f"{args.name}.checkpoint"
     state = resume(run, checkpoint, args, model=model, optimizer=optimizer)
     began = time.time() - state["seconds"]  # the time of a stopped run counts
@@ -739,7 +741,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
 
 
 def train_step(model, replica, optimizer, lr, events, log_q, args):
-    """One step of Adam. events: (B, T+1), each of them but the first is a target.
+    """One step of AdamW. events: (B, T+1), each of them but the first is a target.
 
     log_q: (N+1,) for the sampled softmax, else None -> this process's loss, summed over targets
     """

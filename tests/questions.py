@@ -87,6 +87,7 @@ ABLATIONS = {
     "lookahead-no-collab-shown": "--lookahead --modalities image,text --target collab",
     "lookahead-only-collab": "--lookahead --modalities collab",
     "lookahead-raw-pixels": "--lookahead --modalities pixels,text,collab",
+    "lookahead-not-shrunk": "--lookahead --shrunk none",
 }
 
 # Of two ablations: which table of the position biases stays at 0. 05 has no option for that.

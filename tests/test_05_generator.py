@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import ROOT, SCRIPTS, run_script
 from PIL import Image
 
@@ -37,7 +38,7 @@ def parts(scripts, request):
     trie = generator.Trie(codes, K)
     other = torch.randint(K, (N + 1, L))
     sources = {"other": source(other), "written": source(codes)}
-    size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=2, dropout=0.0)
+    size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=2, dropout=0.0, shrunk="")
     kind = getattr(generator, request.param)
     model = kind(sources, ["other", "written"], "written", trie, size).eval()
     for p in model.parameters():
@@ -181,7 +182,7 @@ def test_masking_hides_one_modality_of_an_item(parts):
     seen = []
     model.tokens.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     history = torch.randint(1, N + 1, (40, T))
-    model.encode(history, generator.hidden_modalities(history, D, 1.0))
+    model.encode(history, generator.hidden_modalities(history, D, 1.0), model.carried())
     tokens = seen[0].view(40, T, D, L)
     hidden = tokens >= D * L * K
     assert (hidden.all(3).sum(2) == 1).all() and torch.equal(hidden.all(3), hidden.any(3))
@@ -230,35 +231,79 @@ def test_token_embeddings_start_as_their_centroids(scripts):
 # --- Looking ahead --------------------------------------------------------------------------------------------------
 @pytest.fixture()
 def ahead(scripts):
-    """A Lookahead, the codes that it writes, and the vectors of the items (N+1, f) that lie under its tree."""
+    """A Lookahead, the codes that it writes, and its sources: modality a, which is written, b, and c, which is shrunk."""
     generator = scripts[5]
     torch.manual_seed(1)
     every = torch.tensor(list(itertools.product(range(K), repeat=L)))
     codes = torch.cat([torch.full((1, L), -1), every[torch.randperm(len(every))[:N]]])
-    sources = {"a": source(codes), "b": source(torch.randint(K, (N + 1, L)))}
+    sources = {"a": source(codes), "b": source(torch.randint(K, (N + 1, L))), "c": source(torch.randint(K, (N + 1, L)))}
     sources["b"]["embeddings"] *= 100  # a modality with long vectors has no more to say
     trie = generator.Trie(codes, K)
-    size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=1, dropout=0.0)
-    model = generator.Lookahead(sources, ["a", "b"], "a", trie, size).eval()
-    vectors = [x["embeddings"] / x["embeddings"][1:].square().sum(1).mean().sqrt() for x in sources.values()]
-    return generator, codes, model, torch.cat(vectors, 1)
+    size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=1, dropout=0.0, shrunk="c,d")
+    model = generator.Lookahead(sources, ["a", "b", "c"], "a", trie, size).eval()
+    return generator, codes, model, sources
 
 
-def test_a_code_is_scored_by_the_mean_of_the_vectors_under_it_too(ahead):
-    """z_l(k) = x . output_l[k] + (W_l x) . P f(child) for every prefix of every item, by looking at every item."""
-    _, codes, model, vectors = ahead
-    P = torch.cat([carry.project.weight for carry in model.carry], 1)
+def scaled(source):
+    """The vectors of a modality, of length 1 on average. -> (N+1, d)"""
+    x = source["embeddings"]
+    return x / x[1:].square().sum(1).mean().sqrt()
+
+
+def test_a_code_is_scored_by_all_items_under_it(ahead):
+    """z_l(k) = x . output_l[k] + log sum exp (W_l x) . P v for every prefix of every item, by looking at every item."""
+    _, codes, model, sources = ahead
+    with torch.no_grad():
+        model.kept.fill_(1)
+        v = sum(carry.project(scaled(sources[name])) for carry, name in zip(model.carry, "abc"))  # (N+1, E)
+        carried = model.carried()
     for item in range(1, N + 1):
         for l in range(L):
             x = torch.randn(16)
-            z = model.scores(x[None], l, model.trie.path[item, l][None])[0]
+            z = model.scores(x[None], l, model.trie.path[item, l][None], carried)[0]
             same_prefix = (codes[:, :l] == codes[item, :l]).all(1)
             same_prefix[0] = False  # padding
             for k in range(K):
-                under = vectors[same_prefix & (codes[:, l] == k)]
-                f = under.mean(0) if len(under) else torch.zeros(12)
-                right = x @ model.output[l][:, k] + (x @ model.look[l]) @ (P @ f)
-                assert torch.allclose(z[k], right, atol=1e-4)
+                under = v[same_prefix & (codes[:, l] == k)]
+                if len(under):
+                    right = x @ model.output[l][:, k] + (under @ (x @ model.look[l])).logsumexp(0)
+                    assert torch.allclose(z[k], right, atol=1e-4)
+                else:
+                    assert z[k] < -50
+
+
+def test_with_one_question_for_all_levels_the_tree_gives_the_softmax_over_all_items(ahead):
+    """The levels' probabilities multiply to exp s_i / sum exp s: the model can do what SASRec does."""
+    generator, codes, model, _ = ahead
+    x = torch.randn(16)
+    with torch.no_grad():
+        model.output.zero_()
+        model.look.copy_(model.look[:1].expand_as(model.look))
+        carried = model.carried()
+        logits = [model.scores(x.expand(N, 16), l, model.trie.path[1:, l], carried) for l in range(L)]
+        losses = [generator.code_losses(torch.stack(logits, 1)[i:i + 1], torch.tensor([i + 1]), model.trie).sum()
+                  for i in range(N)]
+        flat = (carried.sum(1)[1:] @ (x @ model.look[0])).log_softmax(0)
+    assert torch.allclose(-torch.stack(losses), flat, atol=1e-4)
+
+
+def test_a_shrunk_vector_lies_between_the_mean_of_its_first_code_and_itself(ahead):
+    """And only the first code is shown; the other modalities are as they were. In training the share is drawn anew."""
+    _, _, model, sources = ahead
+    x = scaled(sources["c"])
+    first = sources["c"]["codes"][:, 0]
+    mean = torch.stack([x[1:][first[1:] == k].mean(0) for k in first[1:]])
+    for kept in (0.0, 0.25, 1.0):
+        with torch.no_grad():
+            model.kept.fill_(kept)
+            right = [scaled(sources["a"])[1:], scaled(sources["b"])[1:], mean + kept * (x[1:] - mean)]
+            for d, v in enumerate(right):
+                assert torch.allclose(model.carried()[1:, d], model.carry[d].project(v), atol=1e-5)
+    assert (model.shown[1:, 2, 1:] == model.masks[2]).all() and (model.shown[1:, 2, 0] != model.masks[2]).all()
+    assert (model.shown[1:, :2] != model.masks[:2]).all()
+    model.train()
+    assert not torch.equal(model.carried()[:, 2], model.carried()[:, 2])
+    assert torch.equal(model.carried()[:, :2], model.carried()[:, :2])
 
 
 def test_an_item_that_is_never_bought_is_told_from_another_by_its_vector(ahead):
@@ -271,23 +316,33 @@ def test_an_item_that_is_never_bought_is_told_from_another_by_its_vector(ahead):
     assert len(scores[0].unique()) == N
     with torch.no_grad():
         model.look.zero_()
-    items, _ = generator.beam_search(model, model.trie, history, N)
-    size = torch.tensor([len(edges) for edges in model.trie.edges])
-    assert size[-1] == N and sorted(items[0].tolist()) == list(range(1, N + 1))
+    items, scores = generator.beam_search(model, model.trie, history, N)
+    assert sorted(items[0].tolist()) == list(range(1, N + 1))
+    assert torch.allclose(scores, torch.full_like(scores, -math.log(N)), atol=1e-5)  # nothing known: all items alike
 
 
 def test_a_hidden_modality_carries_no_vector(ahead):
     """Masked in training, it tells nothing at all: neither by its codes nor by its vector."""
     _, _, model, _ = ahead
     history = torch.randint(1, N + 1, (3, T))
-    hidden = torch.zeros(3, T, 2, dtype=torch.bool)
+    hidden = torch.zeros(3, T, 3, dtype=torch.bool)
     hidden[:, :, 1] = True
     for what in (model.embed, model.begin):
-        before = what(history, hidden)
-        model.carry[1].vectors.normal_()
-        assert torch.equal(what(history, hidden), before)
-        model.carry[0].vectors.normal_()
-        assert not torch.equal(what(history, hidden), before)
+        before = what(history, hidden, model.carried())
+        model.carry[1].mean.normal_()
+        assert torch.equal(what(history, hidden, model.carried()), before)
+        model.carry[0].mean.normal_()
+        assert not torch.equal(what(history, hidden, model.carried()), before)
+
+
+def test_the_share_that_is_kept_is_chosen_on_validation(scripts, monkeypatch):
+    generator = scripts[5]
+    model = nn.Module()
+    model.register_buffer("kept", torch.tensor(0.5))
+    state = {"best": {"kept": torch.tensor(0.5)}}
+    monkeypatch.setattr(generator, "validate", lambda model, *_: -abs(model.kept.item() - 0.75))
+    generator.settle(model, None, state, None, None, None)
+    assert state["best"]["kept"] == 0.75
 
 
 def test_lookahead_runs_from_files_and_needs_their_vectors(scripts, smoke, tmp_path, capsys):
