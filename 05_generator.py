@@ -24,7 +24,8 @@ letters  B users in a batch, T items of history, D modalities that a history sho
          L codes of an item in one modality, K values of a code, M = D * L tokens of an item,
          N items, U users, W windows cut from histories, E width of the model, H heads,
          Q items written at once for a user, d width of a vector that is cut into codes,
-         l level of a code, k code, S side of a picture, C items under a node at the most
+         l level of a code, k code, S side of a picture, C items under a node at the most,
+         n some of the items, users or targets
 reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
         with --history also images.pt, generator-mscgrec.pt
 writes  generator-mscgrec.pt
@@ -654,14 +655,14 @@ class Carry(nn.Module):
         x = source["embeddings"].float()                            # (N+1, d), row 0 is padding
         length = x[1:].square().sum(1).mean().sqrt()                # ()
         x = x / length.clamp(min=1e-6)                              # (N+1, d), of length 1 or so
-        mean = x                                                    # (N+1, d)
+        mean = x.clone()                                            # (N+1, d)
         if shrunk:
-            code = source["codes"][1:, 0].long()                    # (N,)
+            known = source["known"].nonzero()[:, 0]                 # (n,) others have no vector
+            code = source["codes"][known, 0].long()                 # (n,)
             K = source["codebooks"].shape[1]
             members = code.bincount(minlength=K).clamp(min=1)       # (K,)
-            sums = torch.zeros(K, x.shape[1]).index_add(0, code, x[1:])  # (K, d)
-            means = sums / members.unsqueeze(1)                     # (K, d)
-            mean = torch.cat([x[:1], means[code]])                  # (N+1, d)
+            sums = torch.zeros(K, x.shape[1]).index_add(0, code, x[known])  # (K, d)
+            mean[known] = (sums / members.unsqueeze(1))[code]       # (n, d)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("own", x - mean, persistent=False)     # (N+1, d)
         self.project = nn.Linear(x.shape[1], E, bias=False)

@@ -9,6 +9,7 @@
     python tests/questions.py unseen --run runs/toy                      # items that no training event shows
     python tests/questions.py ceiling --run runs/toy                     # the best that any model could do
     python tests/questions.py probe --run runs/toy                       # what image vectors and codes know of the shop
+    python tests/questions.py memory --run runs/toy                      # what SASRec's vectors learnt by heart
     python tests/questions.py growth                                     # costs by the size of the catalogue
 
 A run holds the codes of one seed at a time: `hole`, `lost` and `missing` speak of the seed that was run last, and a generator
@@ -758,6 +759,94 @@ def linear_probe(x, y):
     return (named == y[half:]).float().mean()                           # ()
 
 
+# --- What vectors learnt by heart -------------------------------------------------------------------------------------
+
+
+class LinearModel(torch.nn.Module):
+    """The score of item i: (W v of the last item + W' sum of the v of the history / root of T) . v_i + b_i.
+
+    v is the sum of all modalities' vectors, brought to one width as by 05's Lookahead. known: their files' contents, by
+    name; counts: (N+1,) training events
+    """
+
+    def __init__(self, known, counts, E=64):
+        super().__init__()
+        carry = [script(5).Carry(source, E, shrunk=name.startswith("collab")) for name, source in known.items()]
+        self.carry = torch.nn.ModuleList(carry)
+        self.last = torch.nn.Linear(E, E, bias=False)
+        self.all = torch.nn.Linear(E, E, bias=False)
+        self.bias = torch.nn.Parameter((counts[1:] + 1.0).log())        # (N,)
+
+    def forward(self, history, kept):
+        """history: (B, T), kept: as in 05, () -> after each place a score for each item, (B, T, N)"""
+        v = sum(carry(kept) for carry in self.carry)                    # (N+1, E)
+        read = v[history]                                               # (B, T, E)
+        length = torch.arange(1, 1 + history.shape[1]).unsqueeze(1)     # (T, 1)
+        wanted = self.last(read) + self.all(read.cumsum(1) / length.sqrt())  # (B, T, E)
+        return wanted @ v[1:].T + self.bias                             # (B, T, N)
+
+
+def memory(args):
+    """Two linear models, with all of SASRec's vectors in training and with a share that is drawn for each step; asked
+    with shares. And, of the toy shop, one that is told each item's circle instead."""
+    data = load(args.run / "data.pt")
+    known = {}
+    for name in ("image", "text", "collab"):
+        if (args.run / f"{name}_codes.pt").exists():
+            known[name] = load(args.run / f"{name}_codes.pt")
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    answers = []
+    for title, share in (("all", 1.0), ("a share that is drawn", None)):
+        model, loss = fit(known, data, share)
+        answers.append([title, f"{loss:.2f}", *decimals([ndcg(model, data, kept) for kept in shares])])
+    if "truth" in data["meta"]:
+        circle = torch.as_tensor(data["meta"]["truth"]["circle"]).long()  # (N+1,)
+        told = torch.nn.functional.one_hot(circle.clamp(min=0)).float()  # (N+1, circles)
+        known["circle"] = known.pop("collab") | {"embeddings": told - told[1:].mean(0)}
+        model, loss = fit(known, data, 1.0)
+        answers.append(["the circle instead", f"{loss:.2f}", "", "", "", "", *decimals([ndcg(model, data, 1.0)])])
+    table(["in training", "its loss", *[f"validation, {kept:.0%}" for kept in shares]], answers)
+
+
+def fit(known, data, share, epochs=12, batch=256):
+    """Trains a linear model. share: of the collaborative vector, or None: drawn -> model, loss of the last epoch"""
+    five = script(5)
+    torch.manual_seed(0)
+    model = LinearModel(known, data["train_counts"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.3)
+    for epoch in range(epochs):
+        start, length = five.training_windows(data["offsets"], 20)      # (W,) both
+        total = targets = 0
+        batches = five.equal_length_batches(length, batch)
+        for i, rows in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = five.learning_rate((epoch + i / len(batches)) / epochs, 3e-3)
+            place = torch.arange(1 + length[rows[0]])                   # (T+1,)
+            events = data["events"][start[rows, None] + place].long()   # (B, T+1)
+            kept = torch.rand(()) if share is None else torch.tensor(share)  # ()
+            scores = model(events[:, :-1], kept).flatten(0, 1)          # (B * T, N)
+            loss = torch.nn.functional.cross_entropy(scores, events[:, 1:].flatten() - 1, reduction="sum")
+            (loss / batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss.item()
+            targets += len(scores)
+    return model, total / targets
+
+
+@torch.no_grad()
+def ndcg(model, data, kept):
+    """NDCG@10 on the validation events of all users. -> float"""
+    five = script(5)
+    start, length = five.held_out_windows("valid", data["offsets"], 20)  # (U,) both
+    target = data["events"][data["offsets"][1:] - 2].unsqueeze(1)       # (U, 1)
+    gain = 0
+    for rows in five.equal_length_batches(length, 2048):
+        history = data["events"][start[rows, None] + torch.arange(length[rows[0]])].long()  # (B, T)
+        top = 1 + model(history, torch.tensor(kept))[:, -1].topk(10).indices  # (B, 10)
+        gain += ((top == target[rows]) / torch.log2(2.0 + torch.arange(10))).sum()
+    return gain / len(target)
+
+
 # --- Costs by the size of the catalogue -------------------------------------------------------------------------------
 
 
@@ -823,6 +912,7 @@ PARTS = {
     "unseen": unseen,
     "ceiling": ceiling,
     "probe": probe,
+    "memory": memory,
     "growth": growth,
 }
 

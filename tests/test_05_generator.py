@@ -238,6 +238,8 @@ def ahead(scripts):
     codes = torch.cat([torch.full((1, L), -1), every[torch.randperm(len(every))[:N]]])
     sources = {"a": source(codes), "b": source(torch.randint(K, (N + 1, L))), "c": source(torch.randint(K, (N + 1, L)))}
     sources["b"]["embeddings"] *= 100  # a modality with long vectors has no more to say
+    sources["c"]["embeddings"][:2] = 0
+    sources["c"]["known"][1] = False  # the first item has no vector, and its code is anything
     trie = generator.Trie(codes, K)
     size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=1, dropout=0.0, shrunk="c,d")
     model = generator.Lookahead(sources, ["a", "b", "c"], "a", trie, size).eval()
@@ -292,14 +294,15 @@ def test_a_shrunk_vector_lies_between_the_mean_of_its_first_code_and_itself(ahea
     _, _, model, sources = ahead
     x = scaled(sources["c"])
     first = sources["c"]["codes"][:, 0]
-    mean = torch.stack([x[1:][first[1:] == k].mean(0) for k in first[1:]])
+    mean = torch.stack([x[2:][first[2:] == k].mean(0) for k in first[2:]])
+    mean = torch.cat([torch.zeros(1, 6), mean])  # nothing is known of the first item: no mean of others for it
     for kept in (0.0, 0.25, 1.0):
         with torch.no_grad():
             model.kept.fill_(kept)
             right = [scaled(sources["a"])[1:], scaled(sources["b"])[1:], mean + kept * (x[1:] - mean)]
             for d, v in enumerate(right):
                 assert torch.allclose(model.carried()[1:, d], model.carry[d].project(v), atol=1e-5)
-    assert (model.shown[1:, 2, 1:] == model.masks[2]).all() and (model.shown[1:, 2, 0] != model.masks[2]).all()
+    assert (model.shown[1:, 2, 1:] == model.masks[2]).all() and (model.shown[2:, 2, 0] != model.masks[2]).all()
     assert (model.shown[1:, :2] != model.masks[:2]).all()
     model.train()
     assert not torch.equal(model.carried()[:, 2], model.carried()[:, 2])
