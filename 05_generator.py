@@ -24,8 +24,7 @@ letters  B users in a batch, T items of history, D modalities that a history sho
          L codes of an item in one modality, K values of a code, M = D * L tokens of an item,
          N items, U users, W windows cut from histories, E width of the model, H heads,
          Q items written at once for a user, d width of a vector that is cut into codes,
-         l level of a code, k code, S side of a picture, C items under a node at the most,
-         n some of the items, users or targets
+         l level of a code, k code, S side of a picture, C items under a node at the most
 reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
         with --history also images.pt, generator-mscgrec.pt
 writes  generator-mscgrec.pt
