@@ -32,7 +32,7 @@ writes  sasrec.pt
           moved             int                  items that redistribution moved
         predictions-sasrec-s0.pt                 as 06_eval.py describes
 
-On the toy shop: 3.2 minutes, 0.4 GiB (2 cores of an AMD EPYC).
+On the toy shop: 1.6 minutes, 0.4 GiB (2 cores of an AMD EPYC).
 """
 import argparse
 import atexit

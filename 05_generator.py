@@ -36,7 +36,7 @@ writes  generator-mscgrec.pt
         predictions-mscgrec-s0.pt           as 06_eval.py describes
         history.png                         only with --history
 
-On the toy shop: 4.9 minutes, 0.5 GiB (2 cores of an AMD EPYC).
+On the toy shop: 4.2 minutes, 0.5 GiB (2 cores of an AMD EPYC).
 """
 import argparse
 import atexit
