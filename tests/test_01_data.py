@@ -435,7 +435,8 @@ def test_an_interrupted_run_leaves_nothing_half_and_the_next_one_is_the_same(tmp
 
 def test_control_c_ends_in_a_sentence(tmp_path):
     slow = command(1, "--run", tmp_path / "run", "--image-size", 200)
-    child = subprocess.Popen(slow, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is deaf to it otherwise
+    child = subprocess.Popen(slow, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heard,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
     while child.poll() is None and not (tmp_path / "run").exists():  # it draws pictures from then on
         time.sleep(0.01)
