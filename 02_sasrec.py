@@ -730,8 +730,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         total += train_step(model, replica, optimizer, lr, events, log_q, args)
         targets += len(batch) * (len(place) - 1)
         if not math.isfinite(total):
-            fail(f"step {number}: the loss is no number: start over with a lower --lr and "
-                 "--fresh.")
+            fail(f"step {number}: the loss is no number: start over with a lower --lr and --fresh.")
 
     if args.max_steps:
         hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))

@@ -654,21 +654,26 @@ class Carry(nn.Module):
         x = source["embeddings"].float()                            # (N+1, d), row 0 is padding
         length = x[1:].square().sum(1).mean().sqrt()                # ()
         x = x / length.clamp(min=1e-6)                              # (N+1, d), of length 1 or so
-        mean = x.clone()                                            # (N+1, d)
+        mean = x                                                    # (N+1, d)
+        own = None
         if shrunk:
+            mean = x.clone()                                        # (N+1, d)
             known = source["known"].nonzero()[:, 0]                 # (n,) others have no vector
             code = source["codes"][known, 0].long()                 # (n,)
             K = source["codebooks"].shape[1]
             members = code.bincount(minlength=K).clamp(min=1)       # (K,)
             sums = torch.zeros(K, x.shape[1]).index_add(0, code, x[known])  # (K, d)
             mean[known] = (sums / members.unsqueeze(1))[code]       # (n, d)
+            own = x - mean                                          # (N+1, d)
         self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("own", x - mean, persistent=False)     # (N+1, d)
+        self.register_buffer("own", own, persistent=False)
         self.project = nn.Linear(x.shape[1], E, bias=False)
         nn.init.normal_(self.project.weight, std=TOKEN_SCALE)
 
     def forward(self, kept):
         """P v of all items. kept: () -> (N+1, E)"""
+        if self.own is None:
+            return self.project(self.mean)                          # (N+1, E)
         return self.project(self.mean + kept * self.own)            # (N+1, E)
 
 
@@ -1090,6 +1095,8 @@ def train(model, trie, run, data, args):
 
 def settle(model, trie, state, data, users, args):
     """How much of a collaborative vector Lookahead keeps: the share that validates best."""
+    if all(carry.own is None for carry in model.carry):
+        return  # nothing is shrunk
     model.load_state_dict(state["best"])
     ndcg = {}
     for kept in (0.25, 0.5, 0.75, 1.0):

@@ -750,7 +750,7 @@ def linear_probe(x, y):
         optimizer.zero_grad()
         logits = x[:half] @ weight[1:] + weight[0]                      # (half, values)
         misfit = torch.nn.functional.cross_entropy(logits, y[:half])    # ()
-        value = misfit + 0.0001 * weight[1:].square().sum()  # ()
+        value = misfit + 0.0001 * weight[1:].square().sum()             # ()
         value.backward()
         return value
 
@@ -808,18 +808,18 @@ def memory(args):
     table(["in training", "its loss", *[f"validation, {kept:.0%}" for kept in shares]], answers)
 
 
-def fit(known, data, share, epochs=12, batch=256):
+def fit(known, data, share, epochs=12, batch=256, lr=3e-3):
     """Trains a linear model. share: of the collaborative vector, or None: drawn -> model, loss of the last epoch"""
     five = script(5)
     torch.manual_seed(0)
     model = LinearModel(known, data["train_counts"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.3)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.3)
     for epoch in range(epochs):
         start, length = five.training_windows(data["offsets"], 20)      # (W,) both
         total = targets = 0
         batches = five.equal_length_batches(length, batch)
         for i, rows in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = five.learning_rate((epoch + i / len(batches)) / epochs, 3e-3)
+            optimizer.param_groups[0]["lr"] = five.learning_rate((epoch + i / len(batches)) / epochs, lr)
             place = torch.arange(1 + length[rows[0]])                   # (T+1,)
             events = data["events"][start[rows, None] + place].long()   # (B, T+1)
             kept = torch.rand(()) if share is None else torch.tensor(share)  # ()
@@ -836,15 +836,15 @@ def fit(known, data, share, epochs=12, batch=256):
 @torch.no_grad()
 def ndcg(model, data, kept):
     """NDCG@10 on the validation events of all users. -> float"""
-    five = script(5)
+    five, six = script(5), script(6)
     start, length = five.held_out_windows("valid", data["offsets"], 20)  # (U,) both
-    target = data["events"][data["offsets"][1:] - 2].unsqueeze(1)       # (U, 1)
-    gain = 0
+    target = data["events"][data["offsets"][1:] - 2]                    # (U,)
+    top = torch.zeros(len(target), 10, dtype=torch.int64)               # (U, 10)
     for rows in five.equal_length_batches(length, 2048):
         history = data["events"][start[rows, None] + torch.arange(length[rows[0]])].long()  # (B, T)
-        top = 1 + model(history, torch.tensor(kept))[:, -1].topk(10).indices  # (B, 10)
-        gain += ((top == target[rows]) / torch.log2(2.0 + torch.arange(10))).sum()
-    return gain / len(target)
+        top[rows] = 1 + model(history, torch.tensor(kept))[:, -1].topk(10).indices  # (B, 10)
+    gain = six.gains(six.rank_of(target, top))[:, six.NDCG_10]  # (U,)
+    return gain.mean()
 
 
 # --- Costs by the size of the catalogue -------------------------------------------------------------------------------

@@ -341,6 +341,7 @@ def test_a_hidden_modality_carries_no_vector(ahead):
 def test_the_share_that_is_kept_is_chosen_on_validation(scripts, monkeypatch):
     generator = scripts[5]
     model = nn.Module()
+    model.carry = [argparse.Namespace(own=None), argparse.Namespace(own=torch.ones(1))]
     model.register_buffer("kept", torch.tensor(0.5))
     state = {"best": {"kept": torch.tensor(0.5)}}
     monkeypatch.setattr(generator, "validate", lambda model, *_: -abs(model.kept.item() - 0.75))
