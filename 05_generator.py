@@ -21,10 +21,11 @@ embeddings, attention weights and the inside of the feed-forward layers have no 
 Numbers in brackets, as [18], are the details that tests/README.md lists.
 
 letters  B users in a batch, T items of history, D modalities that a history shows,
-         L codes of an item in one modality, K values of a code, M = D * L tokens of an item,
-         N items, U users, W windows cut from histories, E width of the model, H heads,
-         Q items written at once for a user, d width of a vector that is cut into codes,
-         l level of a code, k code, S side of a picture, C items under a node at the most
+         L codes of an item in one modality, K values of a code, M tokens of an item of history
+         (D * L, or D with --lookahead), N items, U users, W windows cut from histories,
+         E width of the model, H heads, Q items written at once for a user,
+         d width of a vector that is cut into codes, l level of a code, k code,
+         S side of a picture, C items under a node at the most
 reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
         with --history also images.pt, generator-mscgrec.pt
 writes  generator-mscgrec.pt
@@ -476,8 +477,9 @@ class Generator(nn.Module):
             self.tokens.weight.data[first:first + len(rows)] = rows
 
         self.dropout = nn.Dropout(size.dropout)
-        self.encoder_bias = RelativeBias(H, D * L, D * L)
-        self.cross_bias = RelativeBias(H, L, D * L)
+        M = self.tokens_of_an_item(D, L)
+        self.encoder_bias = RelativeBias(H, M, M)
+        self.cross_bias = RelativeBias(H, L, M)
         # Among the codes of the item that is written there is no distance of items: its attention
         # has a table for pairs of levels. (T5 has distances there too; this table is our choice.)
         self.self_bias = nn.Parameter(torch.zeros(H, L, L))
@@ -522,6 +524,10 @@ class Generator(nn.Module):
         self.register_buffer("shown", shown, persistent=False)      # (N+1, D, L)
         self.register_buffer("written", tokens[target], persistent=False)  # (N+1, L)
 
+    def tokens_of_an_item(self, D, L):
+        """M, how long a history is for each of its items: here a token is a code."""
+        return D * L
+
     def carried(self):
         """What is known of the items besides codes: nothing here; only Lookahead has any."""
         return None
@@ -531,15 +537,19 @@ class Generator(nn.Module):
 
         history: (B, T), hidden: bool (B, T, D), modalities to hide -> (B, T * M, E)
         """
-        x = self.embed(history, hidden, carried)                    # (B, T, D, L, E)
-        x = self.dropout(x.flatten(1, 3))                           # (B, T * M, E)
+        x = self.embed(history, hidden, carried)                    # (B, T, M, E)
+        x = self.dropout(x.flatten(1, 2))                           # (B, T * M, E)
         bias = self.encoder_bias(history.shape[1])                  # (H, T * M, T * M)
         for layer in self.encoder:
             x = layer(x, bias)                                      # (B, T * M, E)
         return self.dropout(self.encoder_norm(x))                   # (B, T * M, E)
 
     def embed(self, history, hidden, carried):
-        """What the encoder begins with: a vector for each token. -> (B, T, D, L, E)"""
+        """What the encoder begins with: a vector for each token. -> (B, T, M, E)"""
+        return self.embed_codes(history, hidden).flatten(2, 3)      # (B, T, D * L, E)
+
+    def embed_codes(self, history, hidden):
+        """The embedding of each code of a history, or that of the mask. -> (B, T, D, L, E)"""
         tokens = self.shown[history]                                # (B, T, D, L)
         tokens = torch.where(hidden.unsqueeze(3), self.masks, tokens)  # (B, T, D, L)  [21]
         return self.tokens(tokens)                                  # (B, T, D, L, E)
@@ -629,8 +639,9 @@ class Generator(nn.Module):
 # which is exp s_a / (exp s_a + exp s_b + exp s_c): the softmax over all items, as SASRec has it.
 # So this model can do what SASRec does with vectors, and what codes do besides.
 #
-# The history goes through P as well: its tokens carry the vectors of their items, and the decoder
-# begins with that of the last one. What was taken and what is wanted lie in one space from the
+# The history goes through P as well. An item has one token for each modality there: its vector
+# and its codes' embeddings, added up. (So a history is L times as short.) And the decoder begins
+# with the vector of the last item. What was taken and what is wanted lie in one space from the
 # start, as in SASRec, which has one table for both.
 #
 # A collaborative vector needs care. SASRec learnt it from the very histories that the generator
@@ -738,28 +749,37 @@ class Lookahead(Generator):
         self.look = nn.Parameter(LOOK_SCALE * torch.eye(E).repeat(trie.L, 1, 1))  # W (L, E, E)
         self.register_buffer("kept", torch.tensor(0.5))             # (), see settle
 
+    def tokens_of_an_item(self, D, L):
+        """M: here a token is a modality."""
+        return D
+
     def carried(self):
-        """P v of each item and modality. -> (N+1, D, E)"""
+        """P v of each item: modality by modality, and their sum. -> (N+1, D, E), (N+1, E)"""
         kept = self.kept                                            # ()
         if self.training:
             kept = torch.rand_like(kept)                            # ()
-        return torch.stack([carry(kept) for carry in self.carry], 1)  # (N+1, D, E)
+        parts = torch.stack([carry(kept) for carry in self.carry], 1)  # (N+1, D, E)
+        return parts, parts.sum(1)
 
     def embed(self, history, hidden, carried):
-        """As above, and each token carries the vector of its item and modality."""
-        x = super().embed(history, hidden, carried)                 # (B, T, D, L, E)
-        v = carried[history].masked_fill(hidden.unsqueeze(3), 0)    # (B, T, D, E)
-        return x + v.unsqueeze(3)                                   # (B, T, D, L, E)
+        """The vector of each item and modality, and its codes' embeddings. -> (B, T, D, E)"""
+        x = self.embed_codes(history, hidden)                       # (B, T, D, L, E)
+        x = x.sum(3) / x.shape[3] ** 0.5                            # (B, T, D, E), as large as one
+        return x + self.gather(history, hidden, carried)            # (B, T, D, E)
 
     def begin(self, history, hidden, carried):
         """After each place of the history: the vector of the item there. -> (B, T, 1, E)"""
-        v = carried[history].masked_fill(hidden.unsqueeze(3), 0)    # (B, T, D, E)
-        return v.sum(2, keepdim=True)                               # (B, T, 1, E)
+        return self.gather(history, hidden, carried).sum(2, keepdim=True)  # (B, T, 1, E)
+
+    def gather(self, history, hidden, carried):
+        """P v of the items of a history, 0 for what is hidden. -> (B, T, D, E)"""
+        parts, _ = carried                                          # (N+1, D, E)
+        return parts[history].masked_fill(hidden.unsqueeze(3), 0)   # (B, T, D, E)
 
     def scores(self, x, l, node, carried):
         """As above, plus log sum exp( (W_l x) . P v ) over the items under k. -> (..., K)"""
         z = super().scores(x, l, node, carried)                     # (..., K)
-        vectors = carried.sum(1)                                    # (N+1, E)
+        _, vectors = carried                                        # (N+1, E)
         return z + self.beneath[l](x @ self.look[l], node, vectors)  # (..., K)
 
     def tables(self):
@@ -1099,7 +1119,7 @@ def settle(model, trie, state, data, users, args):
         return  # nothing is shrunk
     model.load_state_dict(state["best"])
     ndcg = {}
-    for kept in (0.25, 0.5, 0.75, 1.0):
+    for kept in (0.0, 0.25, 0.5, 0.75, 1.0):
         model.kept.fill_(kept)
         ndcg[kept] = validate(model, trie, data, users, args)
     best = max(ndcg, key=ndcg.get)

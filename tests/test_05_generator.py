@@ -285,7 +285,7 @@ def test_with_one_question_for_all_levels_the_tree_gives_the_softmax_over_all_it
         logits = [model.scores(x.expand(N, 16), l, model.trie.path[1:, l], carried) for l in range(L)]
         losses = [generator.code_losses(torch.stack(logits, 1)[i:i + 1], torch.tensor([i + 1]), model.trie).sum()
                   for i in range(N)]
-        flat = (carried.sum(1)[1:] @ (x @ model.look[0])).log_softmax(0)
+        flat = (carried[1][1:] @ (x @ model.look[0])).log_softmax(0)
     assert torch.allclose(-torch.stack(losses), flat, atol=1e-4)
 
 
@@ -301,12 +301,30 @@ def test_a_shrunk_vector_lies_between_the_mean_of_its_first_code_and_itself(ahea
             model.kept.fill_(kept)
             right = [scaled(sources["a"])[1:], scaled(sources["b"])[1:], mean + kept * (x[1:] - mean)]
             for d, v in enumerate(right):
-                assert torch.allclose(model.carried()[1:, d], model.carry[d].project(v), atol=1e-5)
+                assert torch.allclose(model.carried()[0][1:, d], model.carry[d].project(v), atol=1e-5)
     assert (model.shown[1:, 2, 1:] == model.masks[2]).all() and (model.shown[2:, 2, 0] != model.masks[2]).all()
     assert (model.shown[1:, :2] != model.masks[:2]).all()
     model.train()
-    assert not torch.equal(model.carried()[:, 2], model.carried()[:, 2])
-    assert torch.equal(model.carried()[:, :2], model.carried()[:, :2])
+    one, other = model.carried()[0], model.carried()[0]
+    assert not torch.equal(one[:, 2], other[:, 2])
+    assert torch.equal(one[:, :2], other[:, :2])
+
+
+def test_looking_ahead_a_history_has_one_token_for_each_modality(ahead):
+    """L times shorter than MSCGRec's: the vector, and the sum of its codes' embeddings in any order of levels."""
+    generator, _, model, sources = ahead
+    history = torch.randint(2, N + 1, (4, T))
+    hidden = torch.zeros(4, T, 3, dtype=torch.bool)
+    carried = model.carried()
+    x = model.embed(history, hidden, carried)
+    assert x.shape == (4, T, 3, 16)
+    assert model.encode(history, hidden, carried).shape == (4, T * 3, 16)
+    assert generator.Generator.embed(model, history, hidden, None).shape == (4, T, 3 * L, 16)
+    for d, name in enumerate("ab"):  # the third is shrunk: it shows its first code alone
+        codes = [model.tokens.weight[model.first_token[name] + l * K + sources[name]["codes"][history, l].long()]
+                 for l in range(L)]
+        right = sum(codes) / L ** 0.5 + model.carry[d].project(scaled(sources[name]))[history]
+        assert torch.allclose(x[:, :, d], right, atol=1e-5)
 
 
 def test_an_item_that_is_never_bought_is_told_from_another_by_its_vector(ahead):
