@@ -22,10 +22,10 @@ Numbers in brackets, as [18], are the details that tests/README.md lists.
 
 letters  B users in a batch, T items of history, D modalities that a history shows,
          L codes of an item in one modality, K values of a code, M tokens of an item of history
-         (D * L, or D with --lookahead), N items, U users, W windows cut from histories,
+         (D * L; with --lookahead D), N items, U users, W windows cut from histories,
          E width of the model, H heads, Q items written at once for a user,
          d width of a vector that is cut into codes, l level of a code, k code,
-         S side of a picture, C items under a node at the most
+         S side of a picture, C items under a node at the most, R neighbours kept of an item
 reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
         with --history also images.pt, generator-mscgrec.pt
 writes  generator-mscgrec.pt
@@ -50,6 +50,7 @@ import textwrap
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ FARTHEST = 31            # items; all that lie so far back or farther share one 
 WARM_UP = 0.04           # share of the training in which the learning rate rises to --lr
 WEIGHT_DECAY = 0.01      # of AdamW
 LOOK_SCALE = 0.25        # W, which asks what lies under a code, starts as so much of the identity
+NEAR = 5                 # places apart that neighbours are counted, and items of a history
 CLIP = 1.0               # a gradient that is longer is shortened to this
 VALIDATION_USERS = 2000  # at the most; their validation events decide which epoch is the best
 RANKED_EVENTS = 1024     # of histories that are searched at once, about
@@ -528,7 +530,7 @@ class Generator(nn.Module):
         """M, how long a history is for each of its items: here a token is a code."""
         return D * L
 
-    def carried(self):
+    def carried(self, history):
         """What is known of the items besides codes: nothing here; only Lookahead has any."""
         return None
 
@@ -601,7 +603,7 @@ class Generator(nn.Module):
 
         D = len(self.masks)
         hidden = hidden_modalities(history, D, masking)             # (B, T, D)
-        carried = self.carried()
+        carried = self.carried(history)
         begin = self.begin(history, hidden, carried)                # (B, T, 1, E)
         memory = self.memory(self.encode(history, hidden, carried))
         none = [None] * len(self.decoder)  # no cache: all codes are there at once
@@ -620,7 +622,7 @@ class Generator(nn.Module):
 # item has few events and a new one none, although its picture and its text are known. So here the
 # score also looks ahead, at the items that lie under the code in the tree:
 #
-#     z_l(k) = x . output_l[k] + log sum_{items i under k} exp( (W_l x) . P v_i )
+#     z_l(k) = x . output_l[k] + log sum_{items i under k} exp s_i,    s_i = (W_l x) . P v_i
 #
 # v_i are the vectors of item i that 02, 03 and 04 cut into its codes, one behind the other, and P
 # brings them to the width of the model. The sum says: a code is as good as the items that it still
@@ -652,6 +654,13 @@ class Generator(nn.Module):
 #     v = mean + kept * (v - mean),    0 <= kept <= 1
 #
 # In training `kept` is drawn for each step, so that all shares are known. Validation picks one.
+
+
+class Carried(NamedTuple):
+    """What is known of the items besides codes."""
+    parts: torch.Tensor  # (N+1, D, E)  P v of each modality
+    whole: torch.Tensor  # (N+1, E)     their sum
+    near: torch.Tensor   # (B, 1, N+1)  trust * log(1 + 10 n) after each history, or None
 
 
 class Carry(nn.Module):
@@ -688,6 +697,70 @@ class Carry(nn.Module):
         return self.project(self.mean + kept * self.own)            # (N+1, E)
 
 
+# Counts. That people take i along with j again and again, a vector of E numbers tells only roughly;
+# to count is exact. n_i adds up, over the last five items of a history (the one a places back for
+# 0.5^a), how often i stood d <= 5 places from it in training, each time 1 / d, in either order.
+# (06 has this as the row co-occurrence.) In the search, and only there,
+#
+#     s_i = (W_l x) . P v_i + trust * log(1 + 10 n_i),
+#
+# While we train, n would give the answer away: the event to be found has been counted. So `trust`
+# is no weight that is learnt. Validation picks it at the end, as nobody counts its events.
+
+
+class Neighbours(nn.Module):
+    """Of each item the R others that stood near it most often in the training events.
+
+    data: what data.pt holds
+    """
+
+    def __init__(self, data, R):
+        super().__init__()
+        events = data["events"].long()                              # (events,)
+        offsets = data["offsets"]                                   # (U+1,)
+        n = len(data["item_ids"])                                   # N + 1
+
+        # Two rows of the log are a pair if the later one is in training of the earlier one's user.
+        # A pair as one number: of N = 100 items, 3 and 7 are 3 * 101 + 7.
+        end = (offsets[1:] - 2).repeat_interleave(offsets.diff())   # (events,)
+        pairs = []
+        weights = []
+        for d in range(1, NEAR + 1):
+            row = torch.arange(len(events))                         # (events,)
+            row = row[row + d < end]                                # (pairs,)
+            one = events[row]                                       # (pairs,)
+            other = events[row + d]                                 # (pairs,)
+            pairs += [one * n + other, other * n + one]             # in either order
+            weights.append(torch.full((2 * len(row),), 1 / d))      # (2 * pairs,)
+        pairs, same = torch.cat(pairs).unique(return_inverse=True)  # (different,), (all,)
+        total = torch.zeros(len(pairs)).index_add(0, same, torch.cat(weights))  # (different,)
+
+        # Sort by weight, then by item: the heaviest neighbours of each item stand first.
+        order = total.argsort(descending=True, stable=True)         # (different,)
+        order = order[(pairs[order] // n).argsort(stable=True)]     # (different,)
+        item = pairs[order] // n                                    # (different,)
+        place = torch.arange(len(item)) - torch.searchsorted(item, item)  # (different,)
+        kept = place < R                                            # (different,)
+        cell = (item[kept], place[kept])
+        neighbour = torch.zeros(n, R).long()                        # (N+1, R), 0: none
+        neighbour[cell] = pairs[order][kept] % n
+        weight = torch.zeros(n, R)                                  # (N+1, R)
+        weight[cell] = total[order][kept]
+        self.register_buffer("neighbour", neighbour, persistent=False)
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, history):
+        """n of all items after a history, 0 for those that it holds. (B, T) -> (B, N+1)"""
+        B, T = history.shape
+        counts = self.weight.new_zeros(B, len(self.weight))         # (B, N+1)
+        for a in range(min(NEAR, T)):
+            item = history[:, T - 1 - a]                            # (B,)
+            counts.scatter_add_(1, self.neighbour[item], 0.5 ** a * self.weight[item])
+        counts.scatter_(1, history, 0)  # these it has paired itself
+        counts[:, 0] = 0                # no item
+        return counts                                               # (B, N+1)
+
+
 class Beneath(nn.Module):
     """The items that lie under each node of level l, and the code that leads to each of them."""
 
@@ -707,18 +780,23 @@ class Beneath(nn.Module):
         self.register_buffer("item", item, persistent=False)
         self.register_buffer("code", code, persistent=False)
 
-    def forward(self, question, node, vectors):
-        """log sum exp( question . vectors ) over the items under each child of a node.
+    def forward(self, question, node, carried):
+        """log sum exp s over the items under each child of a node.
 
-        question: (..., E), node: (...), vectors: (N+1, E) -> (..., K), very low without a child
+        question: W x (..., E), node: (...) -> (..., K), very low without a child
         """
         if len(self.item) == 1:  # all ask at the root, so that one product does
-            score = question @ vectors[self.item[0]].T              # (..., N)
+            item = self.item[0]                                     # (N,)
+            score = question @ carried.whole[item].T                # (..., N)
+            if carried.near is not None:
+                score = score + carried.near[..., item]             # (..., N)
             code = self.code[0].expand(score.shape)                 # (..., N)
         else:
             item = self.item[node]                                  # (..., C)
-            score = F.embedding(item, vectors) @ question.unsqueeze(-1)  # (..., C, 1)
+            score = F.embedding(item, carried.whole) @ question.unsqueeze(-1)  # (..., C, 1)
             score = score.squeeze(-1).masked_fill(item == 0, -torch.inf)  # (..., C)
+            if carried.near is not None:
+                score = score + carried.near.take_along_dim(item, -1)  # (..., C)
             code = self.code[node]                                  # (..., C)
 
         # exp of large numbers overflows: the largest is taken out, and added again at the end.
@@ -732,11 +810,13 @@ class Beneath(nn.Module):
 class Lookahead(Generator):
     """The generator, with vectors in its history and with scores that look ahead.
 
+    neighbours: a Neighbours
     size.shrunk: names of the modalities that were learnt from the histories, with commas between
     """
 
-    def __init__(self, sources, modalities, target, trie, size):
+    def __init__(self, sources, modalities, target, trie, neighbours, size):
         super().__init__(sources, modalities, target, trie, size)
+        self.neighbours = neighbours
         E = size.width
         carry = []
         for d, name in enumerate(modalities):
@@ -748,18 +828,23 @@ class Lookahead(Generator):
         self.beneath = nn.ModuleList(Beneath(trie, l) for l in range(trie.L))
         self.look = nn.Parameter(LOOK_SCALE * torch.eye(E).repeat(trie.L, 1, 1))  # W (L, E, E)
         self.register_buffer("kept", torch.tensor(0.5))             # (), see settle
+        self.register_buffer("trust", torch.tensor(0.0))            # (), see settle
 
     def tokens_of_an_item(self, D, L):
         """M: here a token is a modality."""
         return D
 
-    def carried(self):
-        """P v of each item: modality by modality, and their sum. -> (N+1, D, E), (N+1, E)"""
+    def carried(self, history):
+        """The vectors of all items, and the counts after each history. -> Carried"""
         kept = self.kept                                            # ()
         if self.training:
             kept = torch.rand_like(kept)                            # ()
         parts = torch.stack([carry(kept) for carry in self.carry], 1)  # (N+1, D, E)
-        return parts, parts.sum(1)
+        near = None
+        if self.trust > 0 and not self.training:
+            counts = self.neighbours(history).unsqueeze(1)          # (B, 1, N+1)
+            near = self.trust * (10 * counts).log1p()               # (B, 1, N+1)
+        return Carried(parts, parts.sum(1), near)
 
     def embed(self, history, hidden, carried):
         """The vector of each item and modality, and its codes' embeddings. -> (B, T, D, E)"""
@@ -773,18 +858,18 @@ class Lookahead(Generator):
 
     def gather(self, history, hidden, carried):
         """P v of the items of a history, 0 for what is hidden. -> (B, T, D, E)"""
-        parts, _ = carried                                          # (N+1, D, E)
-        return parts[history].masked_fill(hidden.unsqueeze(3), 0)   # (B, T, D, E)
+        v = carried.parts[history]                                  # (B, T, D, E)
+        return v.masked_fill(hidden.unsqueeze(3), 0)                # (B, T, D, E)
 
     def scores(self, x, l, node, carried):
-        """As above, plus log sum exp( (W_l x) . P v ) over the items under k. -> (..., K)"""
+        """As above, plus log sum exp s over the items under k. -> (..., K)"""
         z = super().scores(x, l, node, carried)                     # (..., K)
-        _, vectors = carried                                        # (N+1, E)
-        return z + self.beneath[l](x @ self.look[l], node, vectors)  # (..., K)
+        return z + self.beneath[l](x @ self.look[l], node, carried)  # (..., K)
 
     def tables(self):
-        """As above: the vectors of the items, and which items lie under the nodes."""
-        return [*self.carry.buffers(), *self.beneath.buffers()]
+        """As above: the vectors of the items, which items lie under the nodes, and neighbours."""
+        parts = (self.carry, self.beneath, self.neighbours)
+        return [table for part in parts for table in part.buffers()]
 
 
 # --- Beam search: the likeliest items ------------------------------------------------------------
@@ -830,7 +915,7 @@ def beam_search(model, trie, history, beam):
     B, T = history.shape
     device = history.device
     hidden = hidden_modalities(history, len(model.masks), masking=0)  # (B, T, D)
-    carried = model.carried()
+    carried = model.carried(history)
     begin = model.begin(history, hidden, carried)[:, -1:]           # (B, 1, 1, E)
     memory = model.memory(model.encode(history, hidden, carried))  # once a user: all beams ask it
     cross_bias = model.cross_bias(T, first=T - 1)                   # (H, L, T * M)
@@ -932,6 +1017,8 @@ def options(argv):
     add("--lookahead", action="store_true", help="ours: scores that know what lies under a code")
     add("--shrunk", default="collab,collab-content", help="with --lookahead: modalities that were "
         "learnt from the histories, of which it shows the first code and a shrunk vector")
+    add("--neighbours", type=int, default=200, help="R: with --lookahead, so many items are "
+        "remembered for each, which stood near it in training; 0: none")
     add("--unconstrained", action="store_true", help="train with the softmax over all K codes")
     add("--history", help="only print what --name recommends after some titles, parts of titles or "
         "[ids], with ; between them (or commas, where no title has one)")
@@ -979,6 +1066,8 @@ def check(args):
         fail(f"--lr {args.lr}: above 0.")
     if not 0 <= args.seed < 2 ** 32:
         fail(f"--seed {args.seed}: from 0 to below 2^32.")
+    if args.neighbours < 0:
+        fail(f"--neighbours {args.neighbours}: it starts at 0, which counts none.")
     if args.max_steps < 0:
         fail(f"--max-steps {args.max_steps}: it starts at 0, which is no trial.")
 
@@ -995,7 +1084,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = run.load("data.pt", "01_data.py")
     sources = read_codes(run, data, args)
-    model, trie = build(sources, args)
+    model, trie = build(sources, data, args)
     state = train(model, trie, run, data, args)  # goes on where a stopped run left off
     if args.max_steps:
         return
@@ -1056,13 +1145,16 @@ def what_is_wrong(source, N, lookahead):
     return ""
 
 
-def build(sources, args):
+def build(sources, data, args):
     """The model, with its first random weights, and the tree of the codes that it writes."""
     modalities = args.modalities.split(",")
     target = sources[args.target]
     trie = Trie(target["codes"], target["codebooks"].shape[1], args.device)
-    kind = Lookahead if args.lookahead else Generator
-    model = kind(sources, modalities, args.target, trie, args)
+    if args.lookahead:
+        neighbours = Neighbours(data, args.neighbours)
+        model = Lookahead(sources, modalities, args.target, trie, neighbours, args)
+    else:
+        model = Generator(sources, modalities, args.target, trie, args)
     return model.to(args.device), trie
 
 
@@ -1114,18 +1206,23 @@ def train(model, trie, run, data, args):
 
 
 def settle(model, trie, state, data, users, args):
-    """How much of a collaborative vector Lookahead keeps: the share that validates best."""
-    if all(carry.own is None for carry in model.carry):
-        return  # nothing is shrunk
+    """The two numbers of Lookahead that are not learnt: those that validate best, one by one."""
     model.load_state_dict(state["best"])
-    ndcg = {}
-    for kept in (0.0, 0.25, 0.5, 0.75, 1.0):
-        model.kept.fill_(kept)
-        ndcg[kept] = validate(model, trie, data, users, args)
-    best = max(ndcg, key=ndcg.get)
-    state["best"]["kept"].fill_(best)
-    print("validation NDCG@10, kept of a collaborative vector: "
-          + ", ".join(f"{kept:.0%} {value:.4f}" for kept, value in ndcg.items()))
+    choices = {"kept": (0.0, 0.25, 0.5, 0.75, 1.0), "trust": (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)}
+    if all(carry.own is None for carry in model.carry):
+        del choices["kept"]  # nothing is shrunk
+    if args.neighbours == 0:
+        del choices["trust"]  # nothing is counted
+    for name, values in choices.items():
+        number = getattr(model, name)                               # ()
+        ndcg = {}
+        for value in values:
+            number.fill_(value)
+            ndcg[value] = validate(model, trie, data, users, args)
+        number.fill_(max(ndcg, key=ndcg.get))
+        state["best"][name] = number.cpu().clone()
+        print(f"validation NDCG@10 by {name}: "
+              + ", ".join(f"{value:g} {then:.4f}" for value, then in ndcg.items()))
 
 
 def describe(model, trie, args):
@@ -1277,7 +1374,7 @@ def show_recommendations(run, args):
     sources = read_codes(run, data, trained)
     # Once more, now that the codes are read: made from others than these, it is refused.
     saved = run.load(f"generator-{args.name}.pt", "this script without --history")
-    model, trie = build(sources, trained)
+    model, trie = build(sources, data, trained)
     model.load_state_dict(saved["weights"])
     model.eval()
 

@@ -497,7 +497,7 @@ def quality_over_time(folder, seed, epochs, both_ways):
     sources = five.read_codes(run, data, args)
 
     torch.manual_seed(seed)
-    model, trie = five.build(sources, args)
+    model, trie = five.build(sources, data, args)
     if both_ways:
         make_bidirectional(five, model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=five.WEIGHT_DECAY, fused=True)

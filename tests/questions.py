@@ -89,6 +89,7 @@ ABLATIONS = {
     "lookahead-only-collab": "--lookahead --modalities collab",
     "lookahead-raw-pixels": "--lookahead --modalities pixels,text,collab",
     "lookahead-not-shrunk": "--lookahead --shrunk none",
+    "lookahead-no-neighbours": "--lookahead --neighbours 0",
 }
 
 # Of two ablations: which table of the position biases stays at 0. 05 has no option for that.
@@ -271,9 +272,9 @@ def train_without_bias(which, options):
     five = script(5)
     build = five.build
 
-    def build_without(sources, args):
+    def build_without(sources, data, args):
         # The tables start at 0, so what is not trained adds nothing.
-        model, trie = build(sources, args)
+        model, trie = build(sources, data, args)
         for bias in (model.encoder_bias, model.cross_bias):
             getattr(bias, which).requires_grad_(False)
         return model, trie
@@ -380,7 +381,7 @@ def trained_generator(folder, name, hidden=None):
 
     if hidden in sources:
         sources[hidden]["known"][:] = False
-    model, trie = five.build(sources, args)
+    model, trie = five.build(sources, data, args)
     model.load_state_dict(saved["weights"])
     return five, model.eval(), trie, args
 

@@ -25,6 +25,14 @@ def source(codes, K=K):
             "embeddings": torch.randn(len(codes), 6)}
 
 
+def shop_of(U, longest=9):
+    """Histories of three or more random items, none of which comes twice."""
+    lengths = torch.randint(3, longest + 1, (U,))
+    events = torch.cat([1 + torch.randperm(N)[:length] for length in lengths])
+    return {"item_ids": [""] * (N + 1), "events": events.int(),
+            "offsets": torch.cat([torch.zeros(1), lengths.cumsum(0)]).long()}
+
+
 @pytest.fixture(params=("Generator", "Lookahead"))
 def parts(scripts, request):
     """A small random catalogue with its tree, and an untrained generator of each kind with some life in it."""
@@ -39,8 +47,11 @@ def parts(scripts, request):
     other = torch.randint(K, (N + 1, L))
     sources = {"other": source(other), "written": source(codes)}
     size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=2, dropout=0.0, shrunk="")
-    kind = getattr(generator, request.param)
-    model = kind(sources, ["other", "written"], "written", trie, size).eval()
+    if request.param == "Lookahead":
+        neighbours = generator.Neighbours(shop_of(40), R=N)
+        model = generator.Lookahead(sources, ["other", "written"], "written", trie, neighbours, size).eval()
+    else:
+        model = generator.Generator(sources, ["other", "written"], "written", trie, size).eval()
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)  # biases start at zero: give each parameter a say
     return generator, codes, trie, model
@@ -116,6 +127,8 @@ def exhaustive(generator, codes, trie, model, history):
 
 def test_a_wide_beam_ranks_as_scoring_every_item(parts):
     generator, codes, trie, model = parts
+    if hasattr(model, "trust"):
+        model.trust.fill_(0.7)
     for T in (1, 3, 7):
         history = torch.randint(1, N + 1, (1, T))
         with torch.no_grad():
@@ -182,7 +195,7 @@ def test_masking_hides_one_modality_of_an_item(parts):
     seen = []
     model.tokens.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     history = torch.randint(1, N + 1, (40, T))
-    model.encode(history, generator.hidden_modalities(history, D, 1.0), model.carried())
+    model.encode(history, generator.hidden_modalities(history, D, 1.0), model.carried(history))
     tokens = seen[0].view(40, T, D, L)
     hidden = tokens >= D * L * K
     assert (hidden.all(3).sum(2) == 1).all() and torch.equal(hidden.all(3), hidden.any(3))
@@ -242,7 +255,8 @@ def ahead(scripts):
     sources["c"]["known"][1] = False  # the first item has no vector, and its code is anything
     trie = generator.Trie(codes, K)
     size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=1, dropout=0.0, shrunk="c,d")
-    model = generator.Lookahead(sources, ["a", "b", "c"], "a", trie, size).eval()
+    neighbours = generator.Neighbours(shop_of(40), R=N)
+    model = generator.Lookahead(sources, ["a", "b", "c"], "a", trie, neighbours, size).eval()
     return generator, codes, model, sources
 
 
@@ -253,22 +267,27 @@ def scaled(source):
 
 
 def test_a_code_is_scored_by_all_items_under_it(ahead):
-    """z_l(k) = x . output_l[k] + log sum exp (W_l x) . P v for every prefix of every item, by looking at every item."""
+    """z_l(k) = x . output_l[k] + log sum exp s for every prefix of every item, by looking at every item."""
     _, codes, model, sources = ahead
+    history = torch.randint(1, N + 1, (1, T))
     with torch.no_grad():
         model.kept.fill_(1)
+        model.trust.fill_(0.7)
+        near = 0.7 * (1 + 10 * model.neighbours(history)[0]).log()  # (N+1,)
+        assert (near > 0).sum() > 3
         v = sum(carry.project(scaled(sources[name])) for carry, name in zip(model.carry, "abc"))  # (N+1, E)
-        carried = model.carried()
+        carried = model.carried(history)
     for item in range(1, N + 1):
         for l in range(L):
             x = torch.randn(16)
-            z = model.scores(x[None], l, model.trie.path[item, l][None], carried)[0]
+            z = model.scores(x.expand(1, 1, -1), l, model.trie.path[item, l].expand(1, 1), carried)[0, 0]
+            score = v @ (x @ model.look[l]) + near
             same_prefix = (codes[:, :l] == codes[item, :l]).all(1)
             same_prefix[0] = False  # padding
             for k in range(K):
-                under = v[same_prefix & (codes[:, l] == k)]
+                under = score[same_prefix & (codes[:, l] == k)]
                 if len(under):
-                    right = x @ model.output[l][:, k] + (under @ (x @ model.look[l])).logsumexp(0)
+                    right = x @ model.output[l][:, k] + under.logsumexp(0)
                     assert torch.allclose(z[k], right, atol=1e-4)
                 else:
                     assert z[k] < -50
@@ -281,17 +300,18 @@ def test_with_one_question_for_all_levels_the_tree_gives_the_softmax_over_all_it
     with torch.no_grad():
         model.output.zero_()
         model.look.copy_(model.look[:1].expand_as(model.look))
-        carried = model.carried()
-        logits = [model.scores(x.expand(N, 16), l, model.trie.path[1:, l], carried) for l in range(L)]
+        carried = model.carried(torch.randint(1, N + 1, (1, T)))
+        logits = [model.scores(x.expand(1, N, 16), l, model.trie.path[None, 1:, l], carried)[0] for l in range(L)]
         losses = [generator.code_losses(torch.stack(logits, 1)[i:i + 1], torch.tensor([i + 1]), model.trie).sum()
                   for i in range(N)]
-        flat = (carried[1][1:] @ (x @ model.look[0])).log_softmax(0)
+        flat = (carried.whole[1:] @ (x @ model.look[0])).log_softmax(0)
     assert torch.allclose(-torch.stack(losses), flat, atol=1e-4)
 
 
 def test_a_shrunk_vector_lies_between_the_mean_of_its_first_code_and_itself(ahead):
     """And only the first code is shown; the other modalities are as they were. In training the share is drawn anew."""
     _, _, model, sources = ahead
+    some = torch.randint(1, N + 1, (1, T))
     x = scaled(sources["c"])
     first = sources["c"]["codes"][:, 0]
     mean = torch.stack([x[2:][first[2:] == k].mean(0) for k in first[2:]])
@@ -301,11 +321,11 @@ def test_a_shrunk_vector_lies_between_the_mean_of_its_first_code_and_itself(ahea
             model.kept.fill_(kept)
             right = [scaled(sources["a"])[1:], scaled(sources["b"])[1:], mean + kept * (x[1:] - mean)]
             for d, v in enumerate(right):
-                assert torch.allclose(model.carried()[0][1:, d], model.carry[d].project(v), atol=1e-5)
+                assert torch.allclose(model.carried(some).parts[1:, d], model.carry[d].project(v), atol=1e-5)
     assert (model.shown[1:, 2, 1:] == model.masks[2]).all() and (model.shown[2:, 2, 0] != model.masks[2]).all()
     assert (model.shown[1:, :2] != model.masks[:2]).all()
     model.train()
-    one, other = model.carried()[0], model.carried()[0]
+    one, other = model.carried(some).parts, model.carried(some).parts
     assert not torch.equal(one[:, 2], other[:, 2])
     assert torch.equal(one[:, :2], other[:, :2])
 
@@ -315,7 +335,7 @@ def test_looking_ahead_a_history_has_one_token_for_each_modality(ahead):
     generator, _, model, sources = ahead
     history = torch.randint(2, N + 1, (4, T))
     hidden = torch.zeros(4, T, 3, dtype=torch.bool)
-    carried = model.carried()
+    carried = model.carried(history)
     x = model.embed(history, hidden, carried)
     assert x.shape == (4, T, 3, 16)
     assert model.encode(history, hidden, carried).shape == (4, T * 3, 16)
@@ -325,6 +345,36 @@ def test_looking_ahead_a_history_has_one_token_for_each_modality(ahead):
                  for l in range(L)]
         right = sum(codes) / L ** 0.5 + model.carry[d].project(scaled(sources[name]))[history]
         assert torch.allclose(x[:, :, d], right, atol=1e-5)
+
+
+def test_counts_are_for_the_search_alone(ahead):
+    """What training is about has been counted, too: n would tell it. So with any trust, training's scores are the same."""
+    _, _, model, _ = ahead
+    history = torch.randint(1, N + 1, (2, T))
+    assert model.carried(history).near is None  # nothing is trusted yet
+    model.trust.fill_(0.5)
+    near = model.carried(history).near
+    assert near.shape == (2, 1, N + 1) and (near.sum(2) > 0).all()
+    assert (near[:, 0].gather(1, history) == 0).all()  # a history has paired its own items itself
+    assert model.train().carried(history).near is None
+
+
+def test_neighbours_are_counted_as_co_occurrence_counts_them(scripts):
+    """Without a limit of neighbours, 05 counts as much as the row co-occurrence for what that row recommends first."""
+    torch.manual_seed(0)
+    data = shop_of(25) | {"user_ids": [""] * 25}
+    data["train_counts"] = data["events"].bincount(minlength=N + 1)
+    scripts[6].NEIGHBOURS = N
+    top = scripts[6].co_occurrence(data)["test"].long()
+    neighbours = scripts[5].Neighbours(data, R=N)
+    for user in range(25):
+        begin, end = data["offsets"][user], data["offsets"][user + 1]
+        history = data["events"][begin:end - 1].long()
+        counts = neighbours(history[None])[0]
+        new = [item for item in top[user].tolist() if item not in history]
+        listed = counts[new][counts[new] > 0]
+        assert len(listed) == min(len(new), int((counts > 0).sum()))
+        assert torch.allclose(listed, counts.sort(descending=True).values[:len(listed)], atol=0.1)  # ties: best sellers
 
 
 def test_an_item_that_is_never_bought_is_told_from_another_by_its_vector(ahead):
@@ -349,22 +399,28 @@ def test_a_hidden_modality_carries_no_vector(ahead):
     hidden = torch.zeros(3, T, 3, dtype=torch.bool)
     hidden[:, :, 1] = True
     for what in (model.embed, model.begin):
-        before = what(history, hidden, model.carried())
+        before = what(history, hidden, model.carried(history))
         model.carry[1].mean.normal_()
-        assert torch.equal(what(history, hidden, model.carried()), before)
+        assert torch.equal(what(history, hidden, model.carried(history)), before)
         model.carry[0].mean.normal_()
-        assert not torch.equal(what(history, hidden, model.carried()), before)
+        assert not torch.equal(what(history, hidden, model.carried(history)), before)
 
 
-def test_the_share_that_is_kept_is_chosen_on_validation(scripts, monkeypatch):
+@pytest.mark.parametrize("shrunk, neighbours, best", (
+    (True, 200, (0.75, 0.25)), (True, 0, (0.75, 0.0)), (False, 200, (0.5, 0.25))))
+def test_what_is_kept_and_how_far_counts_are_trusted_is_chosen_on_validation(
+        scripts, monkeypatch, shrunk, neighbours, best):
+    """One after the other; what has nothing to say, because nothing is shrunk or counted, stays as it was."""
     generator = scripts[5]
     model = nn.Module()
-    model.carry = [argparse.Namespace(own=None), argparse.Namespace(own=torch.ones(1))]
+    model.carry = [argparse.Namespace(own=None), argparse.Namespace(own=torch.ones(1) if shrunk else None)]
     model.register_buffer("kept", torch.tensor(0.5))
-    state = {"best": {"kept": torch.tensor(0.5)}}
-    monkeypatch.setattr(generator, "validate", lambda model, *_: -abs(model.kept.item() - 0.75))
-    generator.settle(model, None, state, None, None, None)
-    assert state["best"]["kept"] == 0.75
+    model.register_buffer("trust", torch.tensor(0.0))
+    state = {"best": {"kept": torch.tensor(0.5), "trust": torch.tensor(0.0)}}
+    monkeypatch.setattr(generator, "validate",
+                        lambda model, *_: -abs(model.kept.item() - 0.75) - abs(model.trust.item() - 0.25))
+    generator.settle(model, None, state, None, None, argparse.Namespace(neighbours=neighbours))
+    assert (state["best"]["kept"], state["best"]["trust"]) == best
 
 
 def test_lookahead_runs_from_files_and_needs_their_vectors(scripts, smoke, tmp_path, capsys):
@@ -607,7 +663,7 @@ def test_the_target_may_be_a_modality_that_the_history_does_not_show(scripts, sm
     # What is written is collab's: its tree, and none of its tokens in a history.
     args = scripts[5].options(["--run", str(run), "--smoke", "--modalities", "image,text"])
     sources = scripts[5].read_codes(scripts[5].Run(run), load(run / "data.pt"), args)
-    model, trie = scripts[5].build(sources, args)
+    model, trie = scripts[5].build(sources, load(run / "data.pt"), args)
     assert torch.equal(trie.codes, load(run / "collab_codes.pt")["codes"].long())
     collab = range(model.first_token["collab"], model.first_token["collab"] + L * trie.K)
     assert not any(token in collab for token in model.shown.unique().tolist())
