@@ -2,6 +2,7 @@
 
     python tests/questions.py rows --run runs/films --seeds 0 1 2        # the README's tables: all models, every seed
     python tests/questions.py ablations --run runs/films --seeds 0 1 2   # a part of the method less, one at a time
+    python tests/questions.py related --run runs/films --seeds 0 1 2     # ten related systems, one idea of each
     python tests/questions.py fusion --run runs/films --seeds 0 1 2      # SASRec's and MSCGRec's lists in one
     python tests/questions.py seen --run runs/films                      # the table without what users had before
     python tests/questions.py hole --run runs/films                      # what the last events of a history tell
@@ -23,6 +24,7 @@ letters  B users in a batch, T items of history, L codes of an item in one modal
 import argparse
 import contextlib
 import copy
+import importlib.util
 import io
 import os
 import shutil
@@ -36,7 +38,7 @@ import numpy as np
 import torch
 
 from bench import MODALITIES, K, best, random_sources
-from conftest import command, script
+from conftest import ROOT, command, script
 
 
 class Maker(NamedTuple):
@@ -98,6 +100,20 @@ HELD_AT_ZERO = {
     "no-slots": "slot",
 }
 
+# The files in tests/related, and what each is told in a shop without pictures; None: it needs them.
+RELATED = {
+    "liger": "--modalities text,collab",
+    "mtgrec": "--modalities text,collab",
+    "mmgrec": "",
+    "lamia": "",
+    "ccfrec": "--content text",
+    "missrec": "--content text",
+    "macrec": None,
+    "utgrec": "",
+    "gamer": "--modalities text,collab",
+    "hymirec": "",
+}
+
 # Lists put into one: each is a model, and by how many seeds it is further than the row's own seed.
 FUSED = {
     "sasrec+mscgrec": [("sasrec", 0), ("mscgrec", 0)],
@@ -114,11 +130,15 @@ def load(path):
 
 def call(number, *options):
     """Runs a script, its output on the screen; ends with it where it fails."""
-    line = command(number, *options)
-    print("$", " ".join(line[1:]), flush=True)
-    code = subprocess.run(line).returncode
+    code = show(command(number, *options))
     if code != 0:
         sys.exit(code)
+
+
+def show(line):
+    """Runs a command line, its output on the screen. line: list of str -> its exit code"""
+    print("$", " ".join(line[1:]), flush=True)
+    return subprocess.run(line).returncode
 
 
 def link(name, run, folder):
@@ -176,10 +196,14 @@ def lacking(run, seed, names):
     return [name for name in names if not (run / f"predictions-{name}-s{seed}.pt").exists()]
 
 
-def prepare(run, seed, names):
+def prepare(run, seed, names, pictures=True):
     """SASRec and codes of this seed, where the run has none or those of another."""
     for name in names:
         maker = MAKERS[name]
+        if not pictures:
+            if name == "dino":
+                continue
+            maker = maker._replace(options=maker.options.replace("text,image", "text"))
         made_with = {}
         if (run / maker.file).exists():
             made_with = load(run / maker.file)["options"]
@@ -190,7 +214,9 @@ def prepare(run, seed, names):
 
 def generator_options(args, seed, name, options):
     """The command line of 05 for one row. -> list of str"""
-    line = ["--run", args.run, "--seed", seed, "--epochs", args.epochs, "--name", name, *options.split()]
+    line = ["--run", args.run, "--seed", seed, "--name", name, *options.split()]
+    if args.epochs is not None:
+        line += ["--epochs", args.epochs]
     return [str(part) for part in line]
 
 
@@ -281,6 +307,78 @@ def train_without_bias(which, options):
 
     five.build = build_without
     five.main(options)
+
+
+def related(args):
+    """One idea of each of ten related systems: its base, the variation, and controls that must fail."""
+    data = load(args.run / "data.pt")
+    pictures = bool(data["has_image"].any())
+    for name in chosen(args.only, RELATED):
+        options = "" if pictures else RELATED[name]
+        if options is None:
+            print(f"{name}: needs pictures, which this shop has not: skipped")
+            continue
+        system = system_of(name)
+        names = [system.BASE, *system.VARIANTS]
+        done = all([train_related(args, name, system, seed, names, options.split()) for seed in args.seeds])
+        if done:
+            compare_related(args, name, system, data)
+
+
+def system_of(name):
+    """A file of tests/related as a module."""
+    path = ROOT / "tests" / "related" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train_related(args, name, system, seed, names, options):
+    """The rows of a system that a seed lacks. -> is it a system for this shop?"""
+    todo = lacking(args.run, seed, names)
+    if todo:
+        pictures = bool(load(args.run / "data.pt")["has_image"].any())
+        prepare(args.run, seed, MAKERS, pictures)
+    epochs = [] if args.epochs is None else ["--epochs", str(args.epochs)]
+    for row in lacking(args.run, seed, names):  # SASRec's rows are there now
+        line = ["--run", str(args.run), "--seed", str(seed), *epochs, *options]
+        if row in system.VARIANTS:
+            path = ROOT / "tests" / "related" / f"{name}.py"
+            code = show([sys.executable, str(path), *line, "--variant", row])
+        else:
+            code = show(command(5, *line, "--name", row))
+        if code == 2:
+            print(f"{name}: not for this shop (see the line above): skipped")
+            return False
+        if code != 0:
+            sys.exit(code)
+    return True
+
+
+def compare_related(args, name, system, data):
+    """The table of one system, each variant less the base."""
+    six = script(6)
+    rows = {}
+    for row in [system.BASE, *system.VARIANTS]:
+        files = [load(args.run / f"predictions-{row}-s{seed}.pt") for seed in args.seeds]
+        rows[row] = [six.measure(saved, data) for saved in files]
+    base = six.gains_by_seed(rows[system.BASE])                         # (seeds, U, metrics)
+    answers = []
+    for row, seeds in rows.items():
+        ours = six.gains_by_seed(seeds)                                 # (seeds, U, metrics)
+        recall, ndcg = ours.mean((0, 1))[[six.RECALL_10, six.NDCG_10]]  # () both
+        low, high = six.interval_of_difference(ours, base, True)[:, six.NDCG_10]  # () both
+        answers.append([
+            row,
+            system.VARIANTS.get(row, "its base"),
+            *decimals([recall, ndcg]),
+            "" if row == system.BASE else f"[{low:+.4f}, {high:+.4f}]",
+            f"{seeds[0]['parameters']:,}",
+            f"{sum(one['train'] for one in seeds) / len(seeds):.0f}",
+        ])
+    header = [name, "what changes", "Recall@10", "NDCG@10", "NDCG@10 - base", "parameters", "s, training"]
+    table(header, answers)
 
 
 def fusion(args):
@@ -553,7 +651,8 @@ def unseen(args):
             call(number, "--run", folder, "--seed", seed)
         for name, options in WRITERS.items():
             if options:
-                call(5, "--run", folder, "--seed", seed, "--epochs", args.epochs, "--name", name, *options)
+                line = argparse.Namespace(run=folder, epochs=args.epochs)
+                call(5, *generator_options(line, seed, name, " ".join(options)))
 
         to_be_found = new["events"][new["offsets"][1:] - 1].long()      # (U,)
         looks_for_unseen = held[to_be_found]                            # (U,)
@@ -905,6 +1004,7 @@ def bytes_of_items(model, trie):
 PARTS = {
     "rows": rows,
     "ablations": ablations,
+    "related": related,
     "fusion": fusion,
     "seen": seen,
     "hole": hole,
@@ -923,9 +1023,9 @@ def main():
     add = parser.add_argument
     add("part", nargs="+", choices=PARTS, help="questions, answered one after another")
     add("--run", type=Path, default=Path("runs/toy"), help="folder of the experiment (default: runs/toy)")
-    add("--seeds", type=int, nargs="+", default=[0], help="of rows, ablations, fusion, unseen (default: 0)")
-    add("--only", nargs="+", default=[], help="of rows, ablations, missing: some names")
-    add("--epochs", type=int, default=30, help="of 05 in rows, ablations, unseen (default: 30)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of rows, ablations, related, fusion, unseen (default: 0)")
+    add("--only", nargs="+", default=[], help="of rows, ablations, related, missing: some names")
+    add("--epochs", type=int, help="of 05 in rows, ablations, related, unseen (default: the script's own)")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     for part in args.part:
