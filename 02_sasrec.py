@@ -63,6 +63,7 @@ WARM_UP = 0.02             # share of the training in which the learning rate ri
 COOL_DOWN = 0.3            # share, the last one, in which it falls to zero
 VALIDATION_USERS = 20_000  # at the most; their validation events decide which epoch is kept
 RANKED_EVENTS = 8192       # events read at once when users are ranked
+NAMED = "sasrec"           # every --name has it: no file of another script is replaced
 
 
 # --- Data: pieces of histories, cut from the flat array of events (the same text in 02 and 05) ---
@@ -230,6 +231,19 @@ class SASRec(nn.Module):
             x = block(x)                                                # (B, T, E)
         return self.norm(x)                                             # (B, T, E)
 
+    def score(self, hidden, table):
+        """Scores of all items. hidden: (n, E), table: their vectors (E, N) -> (n, N)"""
+        return hidden @ table                                           # (n, N)
+
+    def loss(self, hidden, events, log_q, args):
+        """What training makes smaller. Each of the events but the first is a target.
+
+        hidden: (B, T, E) of the events before them, events: (B, T+1), log_q: (N+1,) for the sampled
+        softmax, else None -> nats (), a sum over the targets
+        """
+        target = events[:, 1:].flatten()                                # (n,), n = B * T
+        return chosen_loss(hidden.flatten(0, 1), self.vectors(), target, log_q, args)
+
 
 def initialise(module):
     """Small random weights, as in GPT-2: the first loss is near that of a uniform guess."""
@@ -326,6 +340,17 @@ def binary_cross_entropy(hidden, vectors, target):
     return (F.softplus(-right) + F.softplus(wrong)).sum()               # ()
 
 
+def chosen_loss(hidden, vectors, target, log_q, args):
+    """One of the three. hidden: (n, E), vectors: (N+1, E), target: (n,) -> nats (), a sum"""
+    # In a large catalogue most of the work is hidden times all items: it may be in bfloat16.
+    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=args.bf16):
+        if args.loss == "bce":
+            return binary_cross_entropy(hidden, vectors, target)        # ()
+        if log_q is None:
+            return cross_entropy(hidden, vectors, target)               # ()
+        return sampled_cross_entropy(hidden, vectors, target, log_q)    # ()
+
+
 # --- The learning rate ---------------------------------------------------------------------------
 # It ends at zero after a number of epochs that is known before. To stop when validation no longer
 # gets better saves time, but it takes a plateau for the end: a model may stand still for many
@@ -373,7 +398,7 @@ def recommend(model, data, split, users, T, top):
         last = model(history.to(device))[:, -1]                         # (B, E)
         # 256 users at once: their scores stay in the cache.
         for rows, hidden in zip(batch.split(256), last.split(256)):
-            best = (hidden @ vectors).topk(top)                         # (256, top)
+            best = model.score(hidden, vectors).topk(top)               # (256, top)
             items[rows] = (best.indices + 1).int().cpu()  # item 0 is padding
             scores[rows] = best.values.cpu()
     return items, scores
@@ -600,8 +625,8 @@ def check(args):
         fail(f"--seed {args.seed}: from 0 to below 2^32.")
     if args.max_steps < 0:
         fail(f"--max-steps {args.max_steps}: it starts at 0, which is no trial.")
-    if "sasrec" not in args.name:  # else its files could replace those of other scripts
-        fail(f"--name {args.name}: a --name has sasrec in it.")
+    if NAMED not in args.name:
+        fail(f"--name {args.name}: a --name has {NAMED} in it.")
 
 
 def main(argv=None):
@@ -744,18 +769,8 @@ def train_step(model, replica, optimizer, lr, events, log_q, args):
 
     log_q: (N+1,) for the sampled softmax, else None -> this process's loss, summed over targets
     """
-    hidden = replica(events[:, :-1]).flatten(0, 1)                      # (n, E), n = B * T
-    target = events[:, 1:].flatten()                                    # (n,)
-    vectors = model.vectors()                                           # (N+1, E)
-    # In a large catalogue most of the work is hidden times all items: it may be in bfloat16.
-    with torch.autocast(events.device.type, torch.bfloat16, enabled=args.bf16):
-        if args.loss == "bce":
-            loss = binary_cross_entropy(hidden, vectors, target)        # ()
-        elif log_q is None:
-            loss = cross_entropy(hidden, vectors, target)               # ()
-        else:
-            loss = sampled_cross_entropy(hidden, vectors, target, log_q)  # ()
-
+    hidden = replica(events[:, :-1])                                    # (B, T, E)
+    loss = model.loss(hidden, events, log_q, args)                      # ()
     # Divided by --batch, not by n: a target weighs the same in a batch that is smaller.
     (loss / args.batch).backward()
     optimizer.param_groups[0]["lr"] = lr
