@@ -1,0 +1,132 @@
+"""CCFRec: an item is what its codes have heard from its texts and pictures, and nothing of its own.
+
+CCFRec (Liu, Zheng, Zhao and Wen, 2025, arXiv 2503.12183) makes codes the bridge between content and
+behaviour: many items share a code, so what is learnt of one item is known of others. Each code asks
+the item's content vectors what matters, and the item is the mean of what its codes have heard:
+
+    heard_j = z_j + sum over m of a_jm V x_m,   a_jm = softmax over m of (Q z_j) . (K x_m) / sqrt(E)
+    e_i = mean over j of heard_j
+
+with z_j the vector of the item's code j and x_m its content of modality m. It takes the place of
+SASRec's item vectors at both ends. Half of the codes of a batch's items are masked once more: what
+is heard there must tell the code, -log softmax over all codes v of cos(heard_j, z_v) / 0.07.
+
+Left out: codes that ask each other, more layers, five fields of text (here one x for all texts),
+product quantisation into 20 codes, histories that know themselves with masked codes, cosines in
+the main loss.
+
+    python tests/related/ccfrec.py --run runs/toy --seed 0            # after 01, 03 and 04
+    python tests/related/ccfrec.py --run runs/office --content text --variant ccfrec-control
+
+letters  those of 02_sasrec.py, and D modalities, C codes of an item that ask (3 D), V values that
+         they have in all codebooks together, d width of all content of an item, n items
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import script
+
+s = script(2)
+
+VARIANTS = {
+    "ccfrec": "codes ask texts and pictures; masked codes are guessed",
+    "ccfrec-control": "the same, but each item has the codes of another",
+    "ccfrec-id": "a vector of the item's own asks: are codes needed?",
+    "ccfrec-plain": "nothing is masked: is the second loss needed?",
+}
+BASE = "sasrec-content"
+WEIGHT = 0.4  # of the second loss
+
+
+def codes_that_ask(sources, variant):
+    """Three codes of each modality, numbered through all codebooks. sources: what the files hold
+
+    -> (N+1, C), V. Behind the V values stand C masks, one a place: the padding has them all, and
+    an item has those of a modality that it lacks.
+    """
+    codes = torch.cat([source["codes"][:, :3] for source in sources], 1).long()  # (N+1, C)
+    if variant == "ccfrec-id":
+        return torch.arange(len(codes)).roll(1).unsqueeze(1), len(codes) - 1
+    known = torch.stack([source["known"] for source in sources], 1)     # (N+1, D)
+    place = torch.arange(codes.shape[1])                                # (C,)
+    K = codes.max().item() + 1
+    V = K * len(place)
+    codes = torch.where(known.repeat_interleave(3, 1), K * place + codes, V + place)  # (N+1, C)
+    if variant == "ccfrec-control":
+        codes[1:] = codes[1 + torch.randperm(len(codes) - 1)]
+    return codes, V
+
+
+class CCFRec(s.SASRec):
+    """SASRec with items that their codes make."""
+    variant = "ccfrec"
+    sources = []
+
+    def __init__(self, N, T, E, H, layers, dropout, content):
+        super().__init__(N, T, E, H, layers, dropout, content)
+        widths = [source["embeddings"].shape[1] for source in self.sources]
+        # Row m says which columns of the content are those of modality m.
+        self.own = torch.block_diag(*(content.new_ones(1, width) for width in widths))  # (D, d)
+        codes, self.V = codes_that_ask(self.sources, self.variant)      # (N+1, C)
+        self.codes = codes.to(content.device)                           # (N+1, C)
+        # In place of a vector for each item: one for each code, and the masks.
+        self.items = nn.Embedding(self.V + codes.shape[1], E)
+        self.query = nn.Linear(E, E, bias=False)
+        self.key = nn.Linear(E, E, bias=False)
+        self.value = nn.Linear(E, E, bias=False)
+
+    def heard(self, codes, content):
+        """What each code knows in the end. codes: (.., C), content: (.., d) -> (.., C, E)"""
+        # Of length 1, as content is in 02: it would learn faster than codes. A modality that the
+        # item lacks is a vector of zeros and says nothing.
+        x = F.normalize(self.project(content.unsqueeze(-2) * self.own), dim=-1)  # (.., D, E)
+        question = self.query(s.normed(self.items.weight))[codes]       # (.., C, E)
+        answer = F.scaled_dot_product_attention(question, self.key(x), self.value(x))
+        return self.items(codes) + answer                               # (.., C, E)
+
+    def vectors(self):
+        return self.heard(self.codes, self.content).mean(1)             # (N+1, E)
+
+    def embed(self, history):
+        items = self.heard(self.codes[history], self.content[history]).mean(2)  # (B, T, E)
+        return s.normed(items) + self.positions.weight[:history.shape[1]]  # (B, T, E)
+
+    def loss(self, hidden, events, log_q, args):
+        share = 0.0 if self.variant == "ccfrec-plain" else 0.5
+        items = events.unique()                                         # (n,)
+        codes = self.codes[items]                                       # (n, C)
+        hide = (torch.rand(codes.shape, device=codes.device) < share) & (codes < self.V)  # (n, C)
+        shown = torch.where(hide, self.codes[0], codes)                 # (n, C), masks there
+        heard = self.heard(shown, self.content[items])[hide]            # (m, E), m are hidden
+        z = F.normalize(self.items.weight[:self.V], dim=1)              # (V, E)
+        cosine = F.normalize(heard, dim=1) @ z.T                        # (m, V)
+        guess = F.cross_entropy(cosine / 0.07, codes[hide], reduction="sum")  # ()
+        # Its mean counts for each of the targets, of which the other loss is a sum.
+        guess = guess / max(1, len(heard)) * hidden[..., 0].numel()     # ()
+        return super().loss(hidden, events, log_q, args) + WEIGHT * guess  # ()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(epilog="and all options of 02_sasrec.py", allow_abbrev=False)
+    parser.add_argument("--variant", choices=VARIANTS, default="ccfrec")
+    given, rest = parser.parse_known_args(argv)
+    line = ["--name", given.variant, "--content", "text,image", *rest]
+    s.NAMED = "ccfrec"
+    args = s.options(line)
+    if args.post_norm:
+        s.fail("ccfrec.py has no --post-norm.")
+    run = s.Run(args.run)
+    CCFRec.sources = [run.load(f"{m}_codes.pt", "its script") for m in args.content.split(",")]
+    CCFRec.variant = given.variant
+    s.SASRec = CCFRec
+    s.main(line)
+
+
+if __name__ == "__main__":
+    s.start(main)
