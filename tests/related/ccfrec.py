@@ -4,12 +4,13 @@ CCFRec (Liu, Zheng, Zhao and Wen, 2025, arXiv 2503.12183) makes codes the bridge
 behaviour: many items share a code, so what is learnt of one item is known of others. Each code asks
 the item's content vectors what matters, and the item is the mean of what its codes have heard:
 
-    heard_j = z_j + sum over m of a_jm V x_m,   a_jm = softmax over m of (Q z_j) . (K x_m) / sqrt(E)
+    heard_j = z_j + sum over m of a_jm x_m,   a_jm = softmax over m of (Q z_j) . (K x_m) / sqrt(E)
     e_i = mean over j of heard_j
 
-with z_j the vector of the item's code j and x_m its content of modality m. It takes the place of
-SASRec's item vectors at both ends. Half of the codes of a batch's items are masked once more: what
-is heard there must tell the code, -log softmax over all codes v of cos(heard_j, z_v) / 0.07.
+with z_j the vector of the item's code j and x_m its content of modality m, projected as --content
+is: SASRec with content has one z and all a = 1. It is SASRec's item vector at both ends. Half of
+the codes of a batch's items are masked once more, and what is heard in their place must tell them:
+-log softmax over all codes v of cos(heard_j, z_v) / 0.07.
 
 Left out: codes that ask each other, more layers, five fields of text (here one x for all texts),
 product quantisation into 20 codes, histories that know themselves with masked codes, cosines in
@@ -37,8 +38,8 @@ s = script(2)
 VARIANTS = {
     "ccfrec": "codes ask texts and pictures; masked codes are guessed",
     "ccfrec-control": "the same, but each item has the codes of another",
-    "ccfrec-id": "a vector of the item's own asks: are codes needed?",
-    "ccfrec-plain": "nothing is masked: is the second loss needed?",
+    "ccfrec-plain": "codes ask, and nothing is masked: is the second loss needed?",
+    "ccfrec-id": "as plain, but a vector of the item's own asks: are codes needed?",
 }
 BASE = "sasrec-content"
 WEIGHT = 0.4  # of the second loss
@@ -79,15 +80,14 @@ class CCFRec(s.SASRec):
         self.items = nn.Embedding(self.V + codes.shape[1], E)
         self.query = nn.Linear(E, E, bias=False)
         self.key = nn.Linear(E, E, bias=False)
-        self.value = nn.Linear(E, E, bias=False)
 
     def heard(self, codes, content):
         """What each code knows in the end. codes: (.., C), content: (.., d) -> (.., C, E)"""
-        # Of length 1, as content is in 02: it would learn faster than codes. A modality that the
-        # item lacks is a vector of zeros and says nothing.
-        x = F.normalize(self.project(content.unsqueeze(-2) * self.own), dim=-1)  # (.., D, E)
+        # A modality that the item lacks is a vector of zeros: it says nothing.
+        x = self.project(content.unsqueeze(-2) * self.own)              # (.., D, E)
         question = self.query(s.normed(self.items.weight))[codes]       # (.., C, E)
-        answer = F.scaled_dot_product_attention(question, self.key(x), self.value(x))
+        key = self.key(s.normed(x))                                     # (.., D, E)
+        answer = F.scaled_dot_product_attention(question, key, x)       # (.., C, E)
         return self.items(codes) + answer                               # (.., C, E)
 
     def vectors(self):
@@ -98,7 +98,7 @@ class CCFRec(s.SASRec):
         return s.normed(items) + self.positions.weight[:history.shape[1]]  # (B, T, E)
 
     def loss(self, hidden, events, log_q, args):
-        share = 0.0 if self.variant == "ccfrec-plain" else 0.5
+        share = 0.5 if self.variant in ("ccfrec", "ccfrec-control") else 0.0
         items = events.unique()                                         # (n,)
         codes = self.codes[items]                                       # (n, C)
         hide = (torch.rand(codes.shape, device=codes.device) < share) & (codes < self.V)  # (n, C)
