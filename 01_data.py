@@ -19,6 +19,9 @@ reads   nothing; or the tables and pictures of a folder, or of a category that i
 writes  data.pt
           events         int32 (events)   item ids, users one after another, each in order of time
           offsets        int64 (U+1)      user u: events[offsets[u]:offsets[u+1]]
+          levels         int8 (events)    by rating: 0 up to 60 % of the highest one in the source,
+                                          and where there is none, 1 up to 80 %, 2 above; numbered
+                                          without gaps; no such key if all events are alike
           titles         list (N+1)       str; row 0 is padding here and below
           texts          list (N+1)       str, features and description
           categories     list (N+1)       list of str
@@ -47,6 +50,7 @@ import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import re
 import socket
@@ -94,6 +98,7 @@ TASTE = {"colour": 3.0, "pattern": 1.5, "material": 3.0}  # what a favourite add
 COMPANION = 4.5     # what the right circle adds
 FOLLOWING = 0.5     # what the right category adds
 WHIM = 0.1          # share of events that ignore all this: any item not yet taken, equally likely
+FLIPPED = 0.1       # share of ratings that are wrong; right are 0 for a whim and 1 for all else
 CIRCLES = 25        # groups, not shapes: each item is dealt into one, and nothing in it shows which
 TOY_ITEMS = 2500    # before the 5-core
 TOY_USERS = 4000
@@ -142,13 +147,14 @@ def toy_shop(n, U, S, seed):
     """
     rng = np.random.default_rng(seed)
     rules = toy_rules(n, U, rng)
-    walks = toy_walks(rules, rng)                               # (U, LONGEST_WALK)
+    walks, whims = toy_walks(rules, rng)                        # (U, LONGEST_WALK) both
     items = toy_items(rules.truth, rng)
+    ratings = toy_ratings(whims, seed)                          # (U, LONGEST_WALK)
 
     def open_picture(item_id, look):
         return draw(look, S) if look else None
 
-    return toy_events(walks), items, open_picture, rules.truth
+    return toy_events(walks, ratings), items, open_picture, rules.truth
 
 
 class Rules(NamedTuple):
@@ -198,7 +204,10 @@ def add_what_follows(score, previous, rules):
 
 
 def toy_walks(rules, rng):
-    """Each customer takes one item after another. -> (U, LONGEST_WALK) items, -1 where it ended"""
+    """Each customer takes one item after another.
+
+    -> items, -1 where it ended; bool, was it a whim? (U, LONGEST_WALK) both
+    """
     taste = taste_of(rules.favourites, rules)                   # (U, n)
     U, n = taste.shape
 
@@ -208,6 +217,7 @@ def toy_walks(rules, rng):
 
     # All customers take their first item, then all take their second, and so on.
     walks = np.full((U, LONGEST_WALK), -1)                      # (U, LONGEST_WALK)
+    whims = np.full((U, LONGEST_WALK), False)                   # (U, LONGEST_WALK)
     for step in tqdm(range(lengths.max()), "customers", disable=None, leave=False):
         active = np.flatnonzero(lengths > step)                 # (active,)
         score = taste[active]                                   # (active, n), a copy
@@ -222,8 +232,9 @@ def toy_walks(rules, rng):
 
         choice = draw_from_softmax(score, rng)                  # (active,)
         walks[active, step] = choice
+        whims[active, step] = whim
         taste[active, choice] = -np.inf
-    return walks
+    return walks, whims
 
 
 def draw_from_softmax(score, rng):
@@ -237,10 +248,21 @@ def draw_from_softmax(score, rng):
     return score.argmax(1)                                      # (rows,)
 
 
-def toy_events(walks):
-    """The walks as a shop's log: (user, item, time), where the time is the step."""
+def toy_ratings(whims, seed):
+    """What customers say later: 0 of a whim, 1 of all else, and one time in ten the opposite.
+
+    whims: bool (U, LONGEST_WALK) -> (U, LONGEST_WALK)
+    """
+    # Random numbers of their own: without ratings the shop would have the same events and items.
+    rng = np.random.default_rng([seed, 1])
+    flipped = rng.random(whims.shape) < FLIPPED                 # (U, LONGEST_WALK)
+    return np.where(flipped, whims, ~whims).astype(int)         # (U, LONGEST_WALK)
+
+
+def toy_events(walks, ratings):
+    """The walks as a shop's log: (user, item, time, rating), where the time is the step."""
     for user, step in np.argwhere(walks >= 0):
-        yield f"user{user:06d}", f"item{walks[user, step]:06d}", step
+        yield f"user{user:06d}", f"item{walks[user, step]:06d}", step, ratings[user, step]
 
 
 def toy_items(truth, rng):
@@ -339,36 +361,40 @@ def pale_places(pattern, x, y):
 
 
 # --- The rules: which events count, and in which order --------------------------------------------
-# The log is three columns, one row an event: user and item as numbers from 0, and a time. A rule is
-# a function that says which rows stay. The same rules hold for every source.
+# The log is four columns, one row an event: user and item as numbers from 0, a time, a rating. A
+# rule is a function that says which rows stay. The same rules hold for every source.
 
 
 def arrange(log, args, counts):
     """Applies the rules one after another, and counts what each of them drops.
 
     log: what read_events gives
-    -> events int32 (events,), offsets int64 (U+1,), user_ids (U), item_ids (N)
+    -> events int32 (events,), levels int8 (events,), offsets int64 (U+1,), user_ids (U),
+    item_ids (N)
     """
-    user, item, when, user_ids, item_ids = log
+    user, item, when, rating, user_ids, item_ids = log
     rng = np.random.default_rng(args.seed)
 
     # From here on users stand one after another, and time is only in the order of their rows.
     order = order_of_time(user, when, args.ties, rng)           # (events,)
     user = user[order]                                          # (events,)
     item = item[order]                                          # (events,)
+    level = levels_of(rating)[order]                            # (events,)
 
     # Repeats go first, so that an item is frequent if many people take it. The k-core comes last:
     # what any other rule drops can leave a user or an item with too few.
     rows = first_of_repeats(user, item, len(item_ids))
-    user, item = keep(rows, user, item, "repeats", counts)
+    user, item, level = keep(rows, [user, item, level], "repeats", counts)
     rows = most_frequent(item, args.max_items)
-    user, item = keep(rows, user, item, "beyond --max-items", counts)
+    user, item, level = keep(rows, [user, item, level], "beyond --max-items", counts)
     rows = drawn_users(user, args, rng)
-    user, item = keep(rows, user, item, "short history, or beyond --max-users", counts)
+    short = "short history, or beyond --max-users"
+    user, item, level = keep(rows, [user, item, level], short, counts)
     rows = last_events(user, args.max_events)
-    user, item = keep(rows, user, item, "beyond --max-events", counts)
+    user, item, level = keep(rows, [user, item, level], "beyond --max-events", counts)
     rows = k_core(user, item, args.k_core)
-    user, item = keep(rows, user, item, f"outside the {args.k_core}-core", counts)
+    outside = f"outside the {args.k_core}-core"
+    user, item, level = keep(rows, [user, item, level], outside, counts)
     if len(user) == 0:
         # +counts is the Counter without its zeros.
         fail(f"{args.dataset}: no event is left in the {args.k_core}-core, the counts are "
@@ -379,16 +405,29 @@ def arrange(log, args, counts):
     item, item_ids = renumber(item, item_ids)
     by_user = np.argsort(user, kind="stable")                   # (events,), still in order of time
     events = (1 + item[by_user]).astype(np.int32)               # (events,)
+    _, levels = np.unique(level[by_user], return_inverse=True)  # (events,), 0, 2 becomes 0, 1
     lengths = np.bincount(user)                                 # (U,)
     offsets = np.concatenate([[0], lengths.cumsum()])           # (U+1,)
-    return events, offsets, user_ids, item_ids
+    return events, levels.astype(np.int8), offsets, user_ids, item_ids
 
 
-def keep(rows, user, item, reason, counts):
+def keep(rows, columns, reason, counts):
     """Keeps these rows of the log, counts the others. rows: numbers (kept,) or bool (events,)"""
-    kept = user[rows]
-    counts[f"events: {reason}"] = len(user) - len(kept)
-    return kept, item[rows]
+    kept = [column[rows] for column in columns]
+    counts[f"events: {reason}"] = len(columns[0]) - len(kept[0])
+    return kept
+
+
+def levels_of(rating):
+    """Three levels, cut at 60 % and 80 % of the highest rating. Of ratings from 0 to 10: 0 to 6, 7
+    and 8, 9 and 10; of five stars: one to three, four, five. An event without a rating: level 0.
+
+    rating: (events,), nan where there is none -> (events,) 0, 1, 2
+    """
+    most = rating[rating >= 0].max(initial=0)  # nan is not >= 0
+    above_60 = 10 * rating > 6 * most                           # (events,)
+    above_80 = 10 * rating > 8 * most                           # (events,)
+    return above_60.astype(int) + above_80                      # (events,)
 
 
 def order_of_time(user, when, ties, rng):
@@ -549,7 +588,7 @@ def main(argv=None):
 
     # The events decide which items are left; then the catalogue is read for these.
     log = read_events(events_of_source, counts)
-    events, offsets, user_ids, item_ids = arrange(log, args, counts)
+    events, levels, offsets, user_ids, item_ids = arrange(log, args, counts)
     titles, texts, categories, pictures = read_catalogue(items, item_ids, counts)
     train_counts = count_training(events, offsets, len(item_ids))
 
@@ -567,6 +606,8 @@ def main(argv=None):
         "train_counts": torch.from_numpy(train_counts).int(),   # (N+1,)
         "meta": describe_run(args, counts, truth, item_ids),
     }
+    if levels.any():  # else nobody rated anything, or all alike
+        data["levels"] = torch.from_numpy(levels)               # (events,)
     draw_sheet(run, data, images)
     run.save(data, "data.pt")
     print_summary(data)
@@ -674,6 +715,9 @@ def print_summary(data):
           f"{events / N:.1f} an item, density {events / U / N:.3%}")
     print(f"items with a picture, for 03: {with_picture:.1%}; with words, for 04: "
           f"{with_words / N:.1%} (a title {with_title:.1%}, a text {with_text:.1%})")
+    if "levels" in data:
+        shares = torch.bincount(data["levels"].int()) / events  # (levels,)
+        print(f"events of level 0, 1, ..: {', '.join(f'{share:.1%}' for share in shares)}")
 
     train_counts = data["train_counts"].numpy()                 # (N+1,)
     popular = most_bought(train_counts)                         # (N,)
@@ -690,7 +734,7 @@ def print_summary(data):
 # --- Reading what people have ---------------------------------------------------------------------
 # A door turns one source into four things, and nothing else below knows of the source:
 #
-#     events         yields (user id, item id, time), in the order of the file
+#     events         yields (user id, item id, time, rating), in the order of the file
 #     items          yields dicts: item_id, and of title, text, categories, picture what is known
 #     open_picture   (item id, picture) -> an opened image, or None; it may fail in any way
 #     truth          {}, as nobody knows the truth of a real shop
@@ -705,6 +749,7 @@ COLUMNS = {  # field: what tables call it. Where a row has several, the first th
     "user": "user_id user reviewer_id uid customer_id visitor_id",
     "item": "parent_asin asin item_id item movie_id product_id business_id book_id video_id sku",
     "time": "timestamp unix_review_time time event_time datetime date",
+    "rating": "rating overall stars score",
     "title": "title movie_title item_title product_title product_name item_name name",
     "text": "features feature description text overview abstract",  # not the first: all of them
     "categories": "categories category genres genre main_category main_cat tag class",
@@ -726,6 +771,7 @@ FOREIGN_ENDINGS = (".parquet", ".xlsx", ".xls", ".zip")  # looked for, to say wh
 FIRST_LINES = 1000             # what is looked at before a table is chosen
 LONGEST_LINE = 1 << 24         # characters; no file is trusted
 LONGEST_DICT = 200_000         # characters of a line that is no JSON, but a dict of Python
+HIGHEST_RATING = 1000          # of any scale; what is above is no rating
 LAST_TIME = 4_102_444_800_000_000_000  # the year 2100 in nanoseconds; in other units it is less
 
 
@@ -755,10 +801,10 @@ def open_folder(folder, run, counts):
 
 
 def events_of(log, counts):
-    """Yields (user id, item id, time), as the rows of the log have them."""
-    users, items, times = [log.columns[field] for field in EVENT]
+    """Yields (user id, item id, time, rating), as the rows of the log have them."""
+    columns = [log.columns.get(field, []) for field in (*EVENT, "rating")]
     for row in read_table(log.path, counts):
-        yield first_filled(row, users), first_filled(row, items), first_filled(row, times)
+        yield [first_filled(row, names) for names in columns]
 
 
 def items_of(catalogue, counts):
@@ -1047,11 +1093,11 @@ def check_times(log):
 
 def say_what_is_read(folder, log, catalogue, tables):
     """Nothing is chosen in silence."""
-    print(f"events: {meanings(folder, log, EVENT)}")
+    print(f"events: {meanings(folder, log, (*EVENT, 'rating'))}")
     if catalogue is None:
         print("items: no table says more of them than their ids")
     else:
-        fields = [field for field in COLUMNS if field not in ("user", "time")]
+        fields = [field for field in COLUMNS if field not in ("user", "time", "rating")]
         print(f"items: {meanings(folder, catalogue, fields)}")
     others = [table for table in tables if table not in (log, catalogue)]
     if others:
@@ -1210,17 +1256,19 @@ def told_apart(names, path, counts):
 
 
 def read_events(source, counts):
-    """Three numbers an event, whatever the source. Events that lack one are counted, and dropped.
+    """Numbers of an event, whatever the source. Events that lack one of the first three are
+    counted, and dropped.
 
-    -> user, item int32 (events,), time float64 (events,), and what the numbers mean: ids of users,
-    ids of items (lists), in order of appearance
+    -> user, item int32 (events,), time, rating float64 (events,), and what the numbers mean: ids of
+    users, ids of items (lists), in order of appearance
     """
     user_number = {}  # id -> 0, 1, 2, ..
     item_number = {}
     user_column = array.array("i")  # numbers without a Python object for each
     item_column = array.array("i")
     time_column = array.array("d")
-    for user_id, item_id, when in source:
+    rating_column = array.array("d")
+    for user_id, item_id, when, rating in source:
         user = number_of(user_id, user_number)
         if user is None:
             counts["events: no user"] += 1
@@ -1236,9 +1284,10 @@ def read_events(source, counts):
         user_column.append(user)
         item_column.append(item)
         time_column.append(when)
+        rating_column.append(readable_rating(rating))
     counts["events: well-formed"] = len(time_column)
     return (np.array(user_column), np.array(item_column), np.array(time_column),
-            list(user_number), list(item_number))
+            np.array(rating_column), list(user_number), list(item_number))
 
 
 def number_of(value, numbers):
@@ -1273,6 +1322,15 @@ def readable_time(value):
     if 0 <= when < LAST_TIME:  # not so for "nan", which is a float
         return when
     return None
+
+
+def readable_rating(value):
+    """A number from 0; some sources write -1 where there is none. -> float, nan for none"""
+    try:
+        rating = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return rating if 0 <= rating <= HIGHEST_RATING else math.nan
 
 
 def seconds_of_date(value):

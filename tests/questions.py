@@ -702,7 +702,10 @@ def without_training_events(data, held):
         sys.exit("A training event shows an item that should be unseen.")
 
     user_ids = [data["user_ids"][u] for u in enough.nonzero()[:, 0]]
-    return {**data, "events": events, "offsets": offsets, "train_counts": train_counts, "user_ids": user_ids}
+    new = {**data, "events": events, "offsets": offsets, "train_counts": train_counts, "user_ids": user_ids}
+    if "levels" in data:
+        new["levels"] = data["levels"][stays]                           # (events,)
+    return new
 
 
 # --- The best that any model could do in the toy shop -----------------------------------------------------------------
@@ -763,7 +766,7 @@ def redraw_toy_shop(one, data):
     U = made_with["max_users"] or one.TOY_USERS
     rng = np.random.default_rng(made_with["seed"])
     rules = one.toy_rules(n, U, rng)
-    walks = one.toy_walks(rules, rng)                                   # (customers, LONGEST_WALK)
+    walks, _ = one.toy_walks(rules, rng)                                # (customers, LONGEST_WALK)
     walks = walks[catalogue_numbers(data["user_ids"])]                  # (U, LONGEST_WALK)
 
     # Each event of data.pt must be one of its user's walk.

@@ -225,7 +225,73 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_another_shop(tmp_pat
     assert len(a["events"]) != len(c["events"]) or not torch.equal(a["events"], c["events"])
 
 
+def test_the_toy_shop_s_levels_say_what_was_a_whim_in_nine_of_ten_cases(toy):
+    data, _, _ = toy
+    rng = np.random.default_rng(0)
+    rules = data_script.toy_rules(data_script.TOY_ITEMS, data_script.TOY_USERS, rng)
+    walks, whims = data_script.toy_walks(rules, rng)
+    drawn = {}
+    for user, step in np.argwhere(walks >= 0):
+        drawn[f"user{user:06d}", f"item{walks[user, step]:06d}"] = whims[user, step]
+    found = histories(data)
+    whim = torch.tensor([drawn[user, item] for user in data["user_ids"] for item in found[user]])
+    level = data["levels"]
+    assert level.dtype == torch.int8 and set(level.tolist()) == {0, 1}
+    assert 0.08 < whim.float().mean() < 0.12
+    wrong = (level == 1) == whim
+    assert 0.09 < wrong.float().mean() < 0.11
+    assert 0.07 < wrong[whim].float().mean() < 0.13  # a level tells nothing of whether it is wrong
+
+
 # --- The rules --------------------------------------------------------------------------------------------------------
+def test_levels_are_bands_of_the_rating_whatever_its_scale():
+    levels_of = data_script.levels_of
+    assert levels_of(np.arange(11.0)).tolist() == [0] * 7 + [1] * 2 + [2] * 2
+    assert levels_of(np.arange(0.5, 5.5, 0.5)).tolist() == [0] * 6 + [1] * 2 + [2] * 2
+    assert levels_of(np.array([1.0, np.nan, 5.0, 4.0])).tolist() == [0, 0, 2, 1]
+    assert levels_of(np.array([np.nan, np.nan])).tolist() == [0, 0]
+
+
+def test_an_event_keeps_its_level_through_all_rules(tmp_path):
+    """Users' events in another order than the file's, a repeat, a user and an item outside the core."""
+    events = []
+    for u, i, when in dense(time=lambda u, i: 1000 - i):
+        events.append({"user_id": f"{u}", "asin": i, "overall": 1 + (int(u[1]) + int(i[1])) % 5, "timestamp": when})
+    events.append({"user_id": "u0", "asin": "i5", "overall": 5, "timestamp": 5000})
+    events.append({"user_id": "rare", "asin": "i0", "overall": 5, "timestamp": 3})
+    events.append({"user_id": "u1", "asin": "rare", "overall": 5, "timestamp": 3})
+    events[7]["overall"] = None  # u1, i1
+    random.Random(0).shuffle(events)
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "reviews.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    done = run(tmp_path / "run", "--dataset", folder)
+    assert "overall is rating" in done.stdout and "events of level 0, 1, ..:" in done.stdout
+    data, _ = read(tmp_path / "run")
+    level = iter(data["levels"].tolist())
+    for user, items in histories(data).items():
+        for item in items:
+            stars = 1 + (int(user[1]) + int(item[1])) % 5
+            expected = 0 if (user, item) == ("u1", "i1") else max(0, stars - 3)
+            assert next(level) == expected, (user, item)
+    assert next(level, None) is None
+
+
+@pytest.mark.parametrize("stars, levels", [((None,), None), (("x",), None), ((4.0,), None), ((-1, 3), [0, 1]),
+                                           ((0, 1), [0, 1]), ((1, 2, 3, 4, 5), [0, 1, 2])])
+def test_levels_have_no_gaps_and_where_all_events_are_alike_there_are_none(tmp_path, stars, levels):
+    lines = ["user_id,item_id,rating,timestamp"]
+    for n, (u, i, when) in enumerate(dense()):
+        lines.append(f"{u},{i},{'' if stars[n % len(stars)] is None else stars[n % len(stars)]},{when}")
+    (tmp_path / "ratings.csv").write_text("\n".join(lines) + "\n")
+    run(tmp_path / "run", "--dataset", tmp_path)
+    data, _ = read(tmp_path / "run")
+    if levels is None:
+        assert "levels" not in data
+    else:
+        assert data["levels"].unique().tolist() == levels
+
+
 def test_k_core_is_the_largest_set_in_which_all_have_enough():
     rng = np.random.default_rng(0)
     user = rng.integers(0, 80, 440)
@@ -882,3 +948,5 @@ def test_real_films_have_the_sizes_that_were_counted_once(tmp_path):
     assert sizes == (5973, 3119, 102461)
     assert int(data["has_image"].sum()) == 2298 and images.shape == (3120, 3, 32, 32)
     assert all(data["titles"][1:]) and data["meta"]["truth"] == {}
+    shares = torch.bincount(data["levels"].int()) / len(data["events"])  # of level 0, 1, 2
+    assert [round(share, 2) for share in shares.tolist()] == [0.29, 0.48, 0.23]

@@ -50,7 +50,7 @@ def test_what_the_ceiling_promises_of_a_drawn_shop_comes_true():
     the others too. So these are the rules by which 01 draws."""
     rng = np.random.default_rng(0)
     rules = one.toy_rules(100, 4000, rng)
-    walks = one.toy_walks(rules, rng)
+    walks, _ = one.toy_walks(rules, rng)
     chance = questions.next_item(one, rules, walks[:, :3])  # (U, n)
     order = (-chance).argsort(1)
     for places in (slice(0, 1), slice(1, 3), slice(3, 10), slice(10, 30), slice(30, 60)):
