@@ -957,6 +957,13 @@ def beam_search(model, trie, history, beam):
 # costs: tests/README.md).
 
 
+def events_at(data, start, T, args):
+    """T events in a row, of each of B users. start: (B,), the first of them -> items (B, T)"""
+    place = torch.arange(T)                                         # (T,)
+    events = data["events"][start.unsqueeze(1) + place]             # (B, T)
+    return events.long().to(args.device)                            # (B, T)
+
+
 def recommend(model, trie, data, split, users, args):
     """The best items for the held-out event of some users; processes share the work.
 
@@ -974,9 +981,8 @@ def recommend(model, trie, data, split, users, args):
     torch.manual_seed(0)
     batches = equal_length_batches(length, RANKED_EVENTS)
     for rows in progress(batches[args.rank::args.world], split, args):
-        place = torch.arange(length[rows[0]])                       # (T,)
-        history = data["events"][start[rows, None] + place]         # (B, T)
-        history = history.long().to(args.device)                    # (B, T)
+        T = int(length[rows[0]])
+        history = events_at(data, start[rows], T, args)             # (B, T)
         with autocast(args):
             best, score = beam_search(model, trie, history, args.beam)
         found = best.shape[1]  # fewer than `beam` where K^L is smaller
@@ -1265,9 +1271,7 @@ def train_epoch(model, trie, optimizer, state, epoch, data, args):
     for i, batch in enumerate(progress(todo, title, args)):
         share = batch[args.rank::args.world]                        # (B,) of this process
         T = int(length[batch[0]])
-        place = torch.arange(T + 1)                                 # (T+1,)
-        events = data["events"][start[share, None] + place]         # (B, T+1)
-        events = events.long().to(args.device)                      # (B, T+1)
+        events = events_at(data, start[share], T + 1, args)         # (B, T+1)
 
         done = (epoch + i / len(batches)) / args.epochs
         optimizer.param_groups[0]["lr"] = learning_rate(done, args.lr)
@@ -1291,9 +1295,20 @@ def learning_rate(done, peak):
 
 
 def train_step(model, trie, optimizer, events, args):
-    """One step of AdamW. events: (B, T+1), each of them but the first is a target.
+    """One step of AdamW. -> this process's loss of each code, summed over its targets (L,)"""
+    losses = batch_losses(model, trie, events, args)                # (L,)
+    # Divided by --batch, not by B * T: a target weighs the same in a batch that is smaller.
+    (losses.sum() / args.batch).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses.detach()                                          # (L,)
 
-    -> this process's loss of each code, summed over its targets (L,)
+
+def batch_losses(model, trie, events, args):
+    """What a step makes smaller: the loss of each code, summed over the targets.
+
+    events: (B, T+1), each of them but the first is a target -> (L,)
     """
     history = events[:, :-1]                                        # (B, T)
     target = events[:, 1:]                                          # (B, T)
@@ -1301,14 +1316,7 @@ def train_step(model, trie, optimizer, events, args):
         logits = model(history, target, args.masking)               # (B, T, L, K)
     logits = logits.flatten(0, 1)                                   # (B * T, L, K)
     constrained = not args.unconstrained
-    losses = code_losses(logits, target.flatten(), trie, constrained)  # (L,)
-
-    # Divided by --batch, not by B * T: a target weighs the same in a batch that is smaller.
-    (losses.sum() / args.batch).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    optimizer.step()
-    optimizer.zero_grad()
-    return losses.detach()                                          # (L,)
+    return code_losses(logits, target.flatten(), trie, constrained)  # (L,)
 
 
 def validate(model, trie, data, users, args):
