@@ -533,12 +533,20 @@ def main(argv=None):
 
     vectors, known = embed_items(data, args)                        # (n, d), (N+1,)
     embeddings = standard_embeddings(vectors, known)                # (N+1, d)
+    save_codes("text_codes.pt", embeddings, known, data, run, args)
 
+
+def save_codes(name, embeddings, known, data, run, args, codebooks=None):
+    """Cuts vectors into codes, and writes both as a file that 05 can show and write.
+
+    embeddings: (N+1, d), as standard_embeddings gives them; known: (N+1,); codebooks: (3, K, d), or
+    None: those of residual k-means
+    """
     rng = torch.Generator().manual_seed(args.seed)
     K = codebook_size(len(known) - 1)
-    if known.any():
+    if codebooks is None and known.any():
         codebooks = residual_kmeans(embeddings[known], K, rng)      # (3, K, d)
-    else:
+    elif codebooks is None:
         codebooks = torch.zeros(3, K, 1)                            # (3, K, d)
     codes, moved = finish_codes(embeddings, known, codebooks, data["train_counts"], rng)
 
@@ -550,7 +558,7 @@ def main(argv=None):
         "moved": moved,
         "options": vars(args),
     }
-    run.save(artifact, "text_codes.pt")
+    run.save(artifact, name)
 
 
 def item_text(title, categories, description):
