@@ -1,0 +1,138 @@
+"""LIGER: a generator finds candidates, and vectors of texts and pictures rank them.
+
+A generator has learnt to write the codes of items that were taken, and recommends no new one. Here
+the encoder is asked a second question: its output q_t at the last token of item t is compared with
+all items, and learns beside the codes, with the same weight, which item comes next:
+
+    loss = sum_l loss_l - log softmax_i( cos(q_t, P v_i) / 0.07 ),   i: items with training events
+
+v_i are the vectors of an item's text and picture, which new items have as well. The candidates are
+the 20 items of the beam and all new ones; this cosine ranks them. What that costs those who look
+for other items is printed. Left out: vectors in the history, which shows codes alone here, those
+of a language model, and a beam of 100. Our codebooks of texts and pictures have seen the new items,
+LIGER's have not.
+
+Yang et al., Unifying Generative and Dense Retrieval for Sequential Recommendation,
+arXiv 2411.18814. It needs items without training events, as "tests/questions.py unseen" makes them:
+
+    python tests/related/liger.py --run runs/toy/unseen-0 --seed 0
+    python tests/related/liger.py --run runs/toy/unseen-0 --seed 0 --variant liger-control
+
+letters  B users in a batch, T items of history, M tokens of an item of history, L codes of an item,
+         N items, U users, E width of the model, d width of an item's text and picture vectors
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import script
+
+BASE = "mscgrec"
+VARIANTS = {
+    "liger": "the items of the beam and all new ones, by the cosine",
+    "liger-control": "the same, but every new item has the vectors of another new one",
+    "liger-beam": "the items of the beam alone, by the cosine: what the new order does",
+}
+TEMPERATURE = 0.07
+
+plain = script(5)  # 05 as it is
+five = script(5)   # 05 as main changes it
+
+
+class Question:
+    """What a generator has besides. main sets three things for all of them: the variant; new, who
+    has no training event (padding, too); joins, who is a candidate in any case; bool (N+1,) both.
+    """
+
+    def __init__(self, sources, modalities, target, trie, size):
+        super().__init__(sources, modalities, target, trie, size)
+        parts = [sources[name]["embeddings"] for name in ("text", "image") if name in modalities]
+        content = torch.cat([torch.zeros(len(self.new), 0), *parts], 1)  # v (N+1, d)
+        if not content.any():
+            five.fail("LIGER ranks by texts and pictures, and --modalities names none that is.")
+        if self.variant == "liger-control":
+            rows = self.new.cpu().nonzero()[1:, 0]                      # (new,), without padding
+            content[rows] = content[rows.roll(len(rows) // 2)]
+        self.register_buffer("content", content, persistent=False)
+        self.project = torch.nn.Linear(content.shape[1], size.width, bias=False)  # P
+
+    def encode(self, history, hidden, carried):
+        x = super().encode(history, hidden, carried)                    # (B, T * M, E)
+        self.question = x.unflatten(1, (history.shape[1], -1))[:, :, -1]  # q (B, T, E)
+        return x
+
+    def cosines(self):
+        """cos(q_t, P v_i) / 0.07 for all items, after each place of the history. -> (B, T, N+1)"""
+        question = F.normalize(self.question.float(), dim=2)            # (B, T, E)
+        items = F.normalize(self.project(self.content), dim=1)          # (N+1, E)
+        return question @ items.T / TEMPERATURE                         # (B, T, N+1)
+
+
+class Liger(Question, plain.Generator):
+    """05's model, and the question."""
+
+
+class LigerLookahead(Question, plain.Lookahead):
+    """The same with --lookahead."""
+
+
+def batch_losses(model, trie, events, args):
+    """The losses of the codes, as in 05, and with them that of the question. -> (L,)"""
+    losses = plain.batch_losses(model, trie, events, args)              # (L,)
+    asked = getattr(model, "module", model)  # under torchrun the model is wrapped
+    scores = asked.cosines().masked_fill(asked.new, -torch.inf).flatten(0, 1)  # (B * T, N+1)
+    loss = F.cross_entropy(scores, events[:, 1:].flatten(), reduction="sum")  # ()
+    # The gradient is that of the sum; the values, which 05 prints, stay those of the codes.
+    return losses + (loss - loss.detach()) / len(losses)                # (L,)
+
+
+@torch.no_grad()
+def beam_search(model, trie, history, beam):
+    """The candidates, by the cosine. -> items (B, beams), log p among all candidates (B, beams)"""
+    found, _ = plain.beam_search(model, trie, history, beam)            # (B, beams)
+    candidate = model.joins.repeat(len(found), 1).scatter(1, found, True)  # (B, N+1)
+    candidate[:, 0] = False  # padding
+    scores = model.cosines()[:, -1].masked_fill(~candidate, -torch.inf)  # (B, N+1)
+    best, items = scores.log_softmax(1).topk(min(found.shape[1], len(model.new)))  # (B, beams)
+    return items.masked_fill(best == -torch.inf, 0), best
+
+
+def report(args, data, new):
+    """What is won on new items and lost on others: of the base, if it lies in the run, and ours."""
+    target = data["events"][data["offsets"][1:] - 1].long()             # (U,)
+    looks = new[target]                                                 # (U,) for a new item
+    for name in (BASE, args.name):
+        for path in Path(args.run).glob(f"predictions-{name}-s{args.seed}.pt"):
+            top = torch.load(path, weights_only=True)["test"][:, :10].long()  # (U, 10)
+            hit = (top == target.unsqueeze(1)).any(1).float()           # (U,)
+            # Were the new items in a first ten drawn by chance, each new one would be there in:
+            chance = (new[top] & (top > 0)).sum() / len(top) / new[1:].sum()  # ()
+            print(f"{name}: Recall@10 of new items {hit[looks].mean():.4f} (by chance "
+                  f"{chance:.4f}), of others {hit[~looks].mean():.4f}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--variant", choices=VARIANTS, default="liger")
+    ours, others = parser.parse_known_args(argv)
+    line = ["--name", ours.variant, *others]
+    args = five.options(line)
+    data = five.Run(args.run).load("data.pt", "01_data.py")
+
+    Question.variant = ours.variant
+    Question.new = (data["train_counts"] == 0).to(args.device)          # (N+1,)
+    Question.joins = Question.new & (ours.variant != "liger-beam")      # (N+1,)
+    five.Generator = Liger
+    five.Lookahead = LigerLookahead
+    five.batch_losses = batch_losses
+    five.beam_search = beam_search
+    five.main(line)
+    report(args, data, Question.new.cpu())
+
+
+if __name__ == "__main__":
+    five.start(main)
