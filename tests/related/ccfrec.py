@@ -8,9 +8,9 @@ the item's content vectors what matters, and the item is the mean of what its co
     e_i = mean over j of heard_j
 
 with z_j the vector of the item's code j and x_m its content of modality m, projected as --content
-is: SASRec with content has one z and all a = 1. It is SASRec's item vector at both ends. Half of
-the codes of a batch's items are masked once more, and what is heard in their place must tell them:
--log softmax over all codes v of cos(heard_j, z_v) / 0.07.
+is: SASRec with content has one z and all a = 1. Half of the codes of a batch's items are masked
+once more, and what is heard in their place must tell them: -log softmax over all codes v of
+cos(heard_j, z_v) / 0.07 is added to the loss.
 
 Left out: codes that ask each other, more layers, five fields of text (here one x for all texts),
 product quantisation into 20 codes, histories that know themselves with masked codes, cosines in
@@ -20,7 +20,8 @@ the main loss.
     python tests/related/ccfrec.py --run runs/office --content text --variant ccfrec-control
 
 letters  those of 02_sasrec.py, and D modalities, C codes of an item that ask (3 D), V values that
-         they have in all codebooks together, d width of all content of an item, n items
+         they have in all codebooks together, d width of all content of an item, n items, g codes
+         to be guessed
 """
 import argparse
 import sys
@@ -67,7 +68,7 @@ def codes_that_ask(sources, variant):
 class CCFRec(s.SASRec):
     """SASRec with items that their codes make."""
     variant = "ccfrec"
-    sources = []
+    sources = []  # what the files of the modalities' codes hold
 
     def __init__(self, N, T, E, H, layers, dropout, content):
         super().__init__(N, T, E, H, layers, dropout, content)
@@ -103,9 +104,9 @@ class CCFRec(s.SASRec):
         codes = self.codes[items]                                       # (n, C)
         hide = (torch.rand(codes.shape, device=codes.device) < share) & (codes < self.V)  # (n, C)
         shown = torch.where(hide, self.codes[0], codes)                 # (n, C), masks there
-        heard = self.heard(shown, self.content[items])[hide]            # (m, E), m are hidden
+        heard = self.heard(shown, self.content[items])[hide]            # (g, E)
         z = F.normalize(self.items.weight[:self.V], dim=1)              # (V, E)
-        cosine = F.normalize(heard, dim=1) @ z.T                        # (m, V)
+        cosine = F.normalize(heard, dim=1) @ z.T                        # (g, V)
         guess = F.cross_entropy(cosine / 0.07, codes[hide], reduction="sum")  # ()
         # Its mean counts for each of the targets, of which the other loss is a sum.
         guess = guess / max(1, len(heard)) * hidden[..., 0].numel()     # ()

@@ -6,13 +6,14 @@ output h of SASRec come Q queries, the next W events are put into Q clusters, an
 give each query a cluster the one is taken whose cosines have the largest sum. So queries that
 differ stay different, where one vector would have to lie between all interests:
 
-    q_j = normed(A_j h),   match = argmax over p of sum_c cos(centre_c, q_p(c)),
-    loss = -log softmax over i of s cos(q_match(c), e_i), for each of the next W events,
+    q_j = A_j h,   p = argmax over all orders p of the sum over c of cos(centre_c, q_p(c)),
+    loss = -log softmax over all items i of scale cos(q_p(c), e_i), at each item of each cluster c,
     score of item i = max over j of cos(q_j, e_i)
 
-The bases say what is not the idea: cosines with a learnt scale s (hymirec-next), and targets that
-come later (hymirec-base). Left out: the language model, the cut of the history into long and short,
-the cosine codebook, balanced clusters, the dropping of negatives that nearly equal the target.
+Two more variants say what is not the idea: cosines with a learnt scale (hymirec-next), and with
+them targets that come later (hymirec-base). Left out: the language model, the cut of the history
+into long and short, query tokens (here q_j is a map of h), the cosine codebook, balanced clusters,
+the dropping of negatives that nearly equal the target.
 
     python tests/related/hymirec.py --run runs/toy --seed 0                          # after 01
     python tests/related/hymirec.py --run runs/toy --seed 0 --variant hymirec-base
@@ -47,7 +48,7 @@ SIZES = {  # Q, W
     "hymirec-base": (1, 4),
     "hymirec-next": (1, 1),
 }
-SCALE = 1 / 0.07  # s at first
+SCALE = 1 / 0.07  # of the cosines, at first
 
 
 def cluster(items, Q):
@@ -90,7 +91,7 @@ class HyMiRec(s.SASRec):
         self.Q, self.W = SIZES[self.variant]
         self.match = random_match if self.variant == "hymirec-control" else best_match
         self.ask = nn.Linear(E, self.Q * E)
-        # As a factor of 1 / 0.07: weight decay pulls it back to there, not down to 1.
+        # A factor of SCALE, which weight decay pulls back to 1: it would pull log(SCALE) to 0.
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def vectors(self):
@@ -98,7 +99,7 @@ class HyMiRec(s.SASRec):
 
     def queries(self, hidden):
         """hidden: (n, E) -> (n, Q, E), of length 1"""
-        return F.normalize(self.ask(hidden).unflatten(1, (self.Q, -1)), dim=2)
+        return F.normalize(self.ask(hidden).unflatten(1, (self.Q, -1)), dim=2)  # (n, Q, E)
 
     def score(self, hidden, table):
         return (self.queries(hidden) @ table).amax(1)                   # (n, N)
@@ -119,7 +120,7 @@ class HyMiRec(s.SASRec):
 
         scale = SCALE * self.log_scale.exp()                            # ()
         total = s.chosen_loss(scale * mine[there], vectors, window[there], log_q, args)  # ()
-        # The mean over all that is to be found: nats a place, as with one target.
+        # A mean, and then a sum over places, so that W changes no learning rate.
         return total / there.sum().clamp(min=1) * len(window)           # ()
 
 
