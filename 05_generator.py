@@ -810,11 +810,11 @@ class Beneath(nn.Module):
 class Lookahead(Generator):
     """The generator, with vectors in its history and with scores that look ahead.
 
-    neighbours: a Neighbours
     size.shrunk: names of the modalities that were learnt from the histories, with commas between
+    neighbours: a Neighbours
     """
 
-    def __init__(self, sources, modalities, target, trie, neighbours, size):
+    def __init__(self, sources, modalities, target, trie, size, neighbours):
         super().__init__(sources, modalities, target, trie, size)
         self.neighbours = neighbours
         E = size.width
@@ -1158,7 +1158,7 @@ def build(sources, data, args):
     trie = Trie(target["codes"], target["codebooks"].shape[1], args.device)
     if args.lookahead:
         neighbours = Neighbours(data, args.neighbours)
-        model = Lookahead(sources, modalities, args.target, trie, neighbours, args)
+        model = Lookahead(sources, modalities, args.target, trie, args, neighbours)
     else:
         model = Generator(sources, modalities, args.target, trie, args)
     return model.to(args.device), trie

@@ -49,7 +49,7 @@ def parts(scripts, request):
     size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=2, dropout=0.0, shrunk="")
     if request.param == "Lookahead":
         neighbours = generator.Neighbours(shop_of(40), R=N)
-        model = generator.Lookahead(sources, ["other", "written"], "written", trie, neighbours, size).eval()
+        model = generator.Lookahead(sources, ["other", "written"], "written", trie, size, neighbours).eval()
     else:
         model = generator.Generator(sources, ["other", "written"], "written", trie, size).eval()
     for p in model.parameters():
@@ -256,7 +256,7 @@ def ahead(scripts):
     trie = generator.Trie(codes, K)
     size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=1, dropout=0.0, shrunk="c,d")
     neighbours = generator.Neighbours(shop_of(40), R=N)
-    model = generator.Lookahead(sources, ["a", "b", "c"], "a", trie, neighbours, size).eval()
+    model = generator.Lookahead(sources, ["a", "b", "c"], "a", trie, size, neighbours).eval()
     return generator, codes, model, sources
 
 

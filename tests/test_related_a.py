@@ -99,7 +99,7 @@ def liger_list(unseen, variant, monkeypatch, favour):
     liger.main(["--run", str(run), "--smoke", "--variant", variant])
     folder = liger.five.Run(run)
     data = folder.load("data.pt", "01_data.py")
-    model, trie = liger.five.build(liger.five.read_codes(folder, data, args), args)
+    model, trie = liger.five.build(liger.five.read_codes(folder, data, args), data, args)
     model.eval()
     history = torch.arange(1, 13).view(4, 3)
     found, _ = liger.plain.beam_search(model, trie, history, 20)
@@ -233,8 +233,8 @@ def test_a_step_of_mtgrec_reads_and_writes_one_version_and_all_else_has_the_last
         seen.append(codes)
         return torch.ones(4)
 
-    def keep(sources, args):
-        model, trie = build(sources, args)
+    def keep(sources, data, args):
+        model, trie = build(sources, data, args)
         made.append(model)
         return model, trie
 

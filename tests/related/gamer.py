@@ -49,8 +49,8 @@ class Levels:
     """What a generator has besides. An event is one number, item + (N+1) * level: see events_at.
     main sets the variant and V, how many levels there are."""
 
-    def __init__(self, sources, modalities, target, trie, size):
-        super().__init__(sources, modalities, target, trie, size)
+    def __init__(self, sources, modalities, target, trie, size, *neighbours):
+        super().__init__(sources, modalities, target, trie, size, *neighbours)
         self.rows = len(self.shown)  # N+1
         self.level = torch.nn.Embedding(self.V, size.width)
         torch.nn.init.normal_(self.level.weight, std=plain.TOKEN_SCALE)
@@ -64,6 +64,9 @@ class Levels:
         # The loss looks up an event in the tree, and finds its item whatever the level.
         trie.codes = trie.codes.repeat(self.V, 1)                       # (V * (N+1), L)
         trie.path = trie.path.repeat(self.V, 1)                         # (V * (N+1), L)
+
+    def carried(self, history):
+        return super().carried(history % self.rows)
 
     def embed(self, history, hidden, carried):
         x = super().embed(history % self.rows, hidden, carried)         # (B, T, M, E)

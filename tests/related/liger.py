@@ -48,8 +48,8 @@ class Question:
     has no training event (padding, too); joins, who is a candidate in any case; bool (N+1,) both.
     """
 
-    def __init__(self, sources, modalities, target, trie, size):
-        super().__init__(sources, modalities, target, trie, size)
+    def __init__(self, sources, modalities, target, trie, size, *neighbours):
+        super().__init__(sources, modalities, target, trie, size, *neighbours)
         parts = [sources[name]["embeddings"] for name in ("text", "image") if name in modalities]
         content = torch.cat([torch.zeros(len(self.new), 0), *parts], 1)  # v (N+1, d)
         if not content.any():

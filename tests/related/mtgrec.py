@@ -80,16 +80,15 @@ def make_versions(source, train_counts, variant, rng):
     return versions, codebooks[0]
 
 
-def build(sources, args):
+def build(sources, data, args):
     """05's model of the last version, with models of all versions, of which it borrows tables."""
     target = sources[args.target]
-    data = five.Run(args.run).load("data.pt", "01_data.py")
     rng = torch.Generator().manual_seed(args.seed)
     versions, codebooks = make_versions(target, data["train_counts"], five.variant, rng)
     models = []
     for codes in [versions[0], *versions]:
         version = target | {"codes": codes, "codebooks": codebooks}
-        models.append(plain.build(sources | {args.target: version}, args)[0])
+        models.append(plain.build(sources | {args.target: version}, data, args)[0])
     models[0].versions = models[1:]  # a plain list: their weights are none of the model's
     # Saved with the weights, so that 05, which knows other codes, does not take them for its own.
     models[0].register_buffer("codes", versions[0].to(args.device))
