@@ -1,20 +1,21 @@
 """LIGER: a generator finds candidates, and vectors of texts and pictures rank them.
 
-A generator has learnt to write the codes of items that were taken, and recommends no new one. Here
-the encoder is asked a second question: its output q_t at the last token of item t is compared with
-all items, and learns beside the codes, with the same weight, which item comes next:
+A generator has learnt to write the codes of items that were taken, and hardly ever writes those of
+a new one, which no training event shows. So the encoder learns something else beside the codes,
+with the same weight: its output q_t at the last token of item t shall be near the next item,
 
     loss = sum_l loss_l - log softmax_i( cos(q_t, P v_i) / 0.07 ),   i: items with training events
 
-v_i are the vectors of an item's text and picture, which new items have as well. The candidates are
-the 20 items of the beam and all new ones; this cosine ranks them. What that costs those who look
-for other items is printed. Left out: vectors in the history, which shows codes alone here, those
-of a language model, and a beam of 100. Our codebooks of texts and pictures have seen the new items,
-LIGER's have not.
+where v_i holds the vectors of an item's text and picture, which new items have, too. Candidates are
+the 20 items of the beam and all new ones, and this cosine ranks them. It prints who gains and who
+pays: Recall@10 of those who look for a new item, and of the others (nan: there are none). Left out:
+vectors in the history, which shows codes alone here; vectors of a language model; a beam of 100.
+And our codebooks of texts and pictures have seen the new items, LIGER's have not.
 
 Yang et al., Unifying Generative and Dense Retrieval for Sequential Recommendation,
-arXiv 2411.18814. It needs items without training events, as "tests/questions.py unseen" makes them:
+arXiv 2411.18814. New items are in the runs that "tests/questions.py unseen --run runs/toy" leaves:
 
+    python 05_generator.py --run runs/toy/unseen-0
     python tests/related/liger.py --run runs/toy/unseen-0 --seed 0
     python tests/related/liger.py --run runs/toy/unseen-0 --seed 0 --variant liger-control
 
@@ -44,16 +45,15 @@ five = script(5)   # 05 as main changes it
 
 
 class Question:
-    """What a generator has besides. main sets three things for all of them: the variant; new, who
-    has no training event (padding, too); joins, who is a candidate in any case; bool (N+1,) both.
-    """
+    """What a generator has besides. main sets the variant and two bool tensors, (N+1,): new, who
+    has no training event (padding, too), and joins, who is a candidate whatever the beam finds."""
 
     def __init__(self, sources, modalities, target, trie, size, *neighbours):
         super().__init__(sources, modalities, target, trie, size, *neighbours)
         parts = [sources[name]["embeddings"] for name in ("text", "image") if name in modalities]
         content = torch.cat([torch.zeros(len(self.new), 0), *parts], 1)  # v (N+1, d)
         if not content.any():
-            five.fail("LIGER ranks by texts and pictures, and --modalities names none that is.")
+            five.fail("LIGER ranks by texts and pictures, and these modalities have neither.")
         if self.variant == "liger-control":
             rows = self.new.cpu().nonzero()[1:, 0]                      # (new,), without padding
             content[rows] = content[rows.roll(len(rows) // 2)]
@@ -102,7 +102,8 @@ def beam_search(model, trie, history, beam):
 
 
 def report(args, data, new):
-    """What is won on new items and lost on others: of the base, if it lies in the run, and ours."""
+    """What is won on new items and lost on others: by the base, if it lies in the run, and by ours.
+    """
     target = data["events"][data["offsets"][1:] - 1].long()             # (U,)
     looks = new[target]                                                 # (U,) for a new item
     for name in (BASE, args.name):

@@ -1,17 +1,17 @@
 """MTGRec: every item has several codes, from neighbouring versions of one quantiser.
 
-The quantiser of the target's codes goes on learning, pass after pass over the vectors that these
-were cut from, and now and then a version of it is kept. Between two versions few items change their
-first code, many a later one, and what a code means hardly changes. In each step of the training all
-items have their codes of one version v, drawn at random: so an item shares codes with more others,
-which helps a rare one. In the last fifth, and wherever items are ranked, they have those of the
-last version, so that codes name items again.
+The quantiser that made the codes which are written (the target's) goes on learning, pass after pass
+over the same vectors, and now and then a version of it is kept. From one to the next few items
+change their first code and more a later one, while what a code means hardly changes. In each step
+of the training all items have their codes of one version v, drawn at random; so an item shares
+codes with more others, from which a rare one learns. In the last fifth of the training, and
+wherever items are ranked, they have those of the last version, so that codes name items again.
 
     loss = - sum_l log p( c_l^v | c_1^v .. c_(l-1)^v, history ),   the history in codes of v as well
 
-Left out: RQ-VAE's encoder (here vectors stay and only centroids move), a draw for each example,
-versions of the codes of texts and pictures, and the curriculum, which prefers those versions whose
-gradient helps on validation.
+Left out: RQ-VAE's encoder (here vectors stay and centroids move), a draw for each example, versions
+of the codes of texts and pictures, and the curriculum, which prefers those versions whose gradient
+helps on validation. The base has the codes of the last version from the beginning.
 
 Zheng et al., Pre-training Generative Recommender with Multi-Identifier Item Tokenization,
 SIGIR 2025, arXiv 2504.04400.
@@ -36,7 +36,7 @@ VARIANTS = {
     "mtgrec": "neighbouring versions of one quantiser",
     "mtgrec-base": "its last version alone",
     "mtgrec-control": "versions of quantisers that begin anew: code 7 means something else in each",
-    "mtgrec-noise": "as many items change as in mtgrec, but to the place of one drawn at random",
+    "mtgrec-noise": "the items that change in mtgrec swap codes: what these mean changes, too",
 }
 PASSES = [20, 3, 3, 3, 3]  # of the quantiser, before each version is kept
 MEMBERS = 3                # vectors in a batch for each centroid: with fewer, more items change
@@ -69,6 +69,7 @@ def make_versions(source, train_counts, variant, rng):
             books = three.residual_kmeans(x[known], books.shape[1], rng)
         codes, _ = three.finish_codes(x, known, books, train_counts, rng)  # (N+1, L)
         if variant == "mtgrec-noise" and v > 0:
+            # Who changes gets the old code of the next one who does.
             changed = known & (codes != versions[0]).any(1)             # (N+1,)
             codes = versions[0].clone()                                 # (N+1, L)
             codes[changed] = codes[changed].roll(1, 0)
@@ -91,7 +92,7 @@ def build(sources, data, args):
         models.append(plain.build(sources | {args.target: version}, data, args)[0])
     models[0].versions = models[1:]  # a plain list: their weights are none of the model's
     # Saved with the weights, so that 05, which knows other codes, does not take them for its own.
-    models[0].register_buffer("codes", versions[0].to(args.device))
+    models[0].register_buffer("codes", versions[0].long().to(args.device))
     return models[0], models[0].trie
 
 
