@@ -123,7 +123,7 @@ def main(argv=None):
     args = five.options(line)
     data = five.Run(args.run).load("data.pt", "01_data.py")
     if "levels" not in data:
-        five.fail(f"{args.run}/data.pt has no levels: nobody rated anything, or all alike.")
+        five.fail(f"{args.run}/data.pt has no levels: no ratings, all alike, or made by an old 01.")
 
     five.levels = data["levels"]                                        # (events,)
     if ours.variant == "gamer-control":
