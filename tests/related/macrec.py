@@ -1,0 +1,125 @@
+"""MACRec: codes of texts and pictures whose deep levels have heard of the other modality.
+
+MACRec (Zhang et al., AAAI 2026, arXiv 2511.15122) quantises texts and pictures apart, but pulls
+together what is left of two items, after some codes, if the other modality has them in one cluster:
+then deep codes have something to say, and fewer items share all of theirs. Tried here is this
+contrast. In an autoencoder around the residual quantiser of 03, with f_i the direction of what two
+codes leave of z_i, and P(i) the items of the batch with i's first code in the other modality,
+
+    loss = ||decode(z_q) - x||^2 / d + beta commitment + weight L_con
+    L_con = mean over i and p in P(i) of - log [exp(f_i.f_p / tau) / sum_j exp(f_i.f_j / tau)]
+
+The public code takes the straight-through vector, z + sg(z_q - z), from z: what is left has no
+gradient then, and the contrast trains nothing. Here it is z - sg(C[c]), as in 03. Left out: what
+aligns both modalities' codes, in the quantiser and in the generator, lists of both put together,
+and a fourth level that is learnt; theirs draws one p, we take the mean of all.
+
+    python tests/related/macrec.py --run runs/films
+    python tests/related/macrec.py --run runs/films --variant macrec-base      # and macrec-control
+    python tests/related/macrec.py --run runs/films --target collab --name macrec-to-collab
+
+letters  n items that have the modality, N items, K values of a code, d width of a vector that is
+         cut into codes, B items in a batch
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import script  # noqa: E402
+
+three = script(3)
+four = script(4)
+five = script(5)
+
+VARIANTS = {
+    "macrec": "what two codes leave is contrasted by the other modality's clusters",
+    "macrec-base": "the same autoencoder, weight 0",
+    "macrec-control": "clusters permuted over the items",
+}
+BASE = "macrec-base"
+WEIGHT = 0.1
+TAU = 0.1
+STEPS = 2000
+BATCH = 256
+
+
+def contrast(left, label):
+    """L_con. left: what codes leave of z, (B, d); label: (B,), -1 for none -> ()"""
+    f = F.normalize(left, dim=1)                                # (B, d)
+    itself = torch.eye(len(label), dtype=torch.bool)            # (B, B)
+    log_p = (f @ f.T / TAU).masked_fill(itself, -torch.inf).log_softmax(1)  # (B, B)
+    shared = (label == label.unsqueeze(1)) & (label >= 0) & ~itself  # (B, B)
+    pulled = log_p.masked_fill(~shared, 0).sum(1)               # (B,)
+    return -(pulled / shared.sum(1).clamp(min=1)).mean()        # ()
+
+
+def after_two_codes(z, codebooks):
+    """What two codes leave of z. Centroids are constants: it has the gradient of z. -> (B, d)"""
+    for codebook in codebooks[:2]:
+        code = three.nearest(z.detach(), codebook)              # (B,)
+        z = z - codebook[code]                                  # (B, d)
+    return z
+
+
+def cross(x, label, weight, K, steps, rng):
+    """Trains the autoencoder of one modality. x: (n, d), label: (n,)
+
+    -> z, standardised (n, d), and its codebooks (3, K, d)
+    """
+    d = x.shape[1]
+    encode = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
+    decode = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
+    quantiser = three.ResidualQuantiser(three.residual_kmeans(encode(x).detach(), K, rng))
+    optimizer = torch.optim.Adam([*encode.parameters(), *decode.parameters()])
+    for _ in range(steps):
+        some = torch.randint(len(x), (BATCH,), generator=rng)   # (B,)
+        z = encode(x[some])                                     # (B, d)
+        z_q, commitment = quantiser(z)                          # (B, d), ()
+        left = after_two_codes(z, quantiser.codebooks)          # (B, d)
+        loss = F.mse_loss(decode(z_q), x[some]) + three.BETA * commitment / BATCH  # ()
+        loss = loss + weight * contrast(left, label[some])      # ()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        quantiser.update(z.detach(), rng)
+    return three.standardise(encode(x).detach(), quantiser.codebooks)
+
+
+def main(argv=None):
+    """Makes the codes of both modalities, then calls 05, which shows them and writes the text's."""
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser.add_argument("--variant", choices=VARIANTS, default="macrec")
+    ours, rest = parser.parse_known_args(argv)
+    name = ours.variant
+    args = five.options(rest)
+    rng = torch.manual_seed(args.seed)
+    run = four.Run(args.run)
+    data = run.load("data.pt", "01_data.py")
+    text = run.load("text_codes.pt", "04_text_codes.py")
+    pictures = (run.folder / "image_codes.pt").exists() and data["has_image"].any()
+    if not pictures or not text["known"].any():
+        five.fail(f"MACRec needs texts and pictures both: {run.folder} lacks them, or their codes.")
+    image = run.load("image_codes.pt", "03_dino_quantizer.py")
+
+    weight = 0 if name == "macrec-base" else WEIGHT
+    steps = 20 if args.smoke else STEPS
+    for kind, own, other in (("image", image, text), ("text", text, image)):
+        known = own["known"]                                    # (N+1,)
+        label = torch.where(other["known"], other["codes"][:, 0], -1)[known]  # (n,)
+        if name == "macrec-control":
+            label = label[torch.randperm(len(label))]           # (n,)
+        x = own["embeddings"]                                   # (N+1, d)
+        K = own["codebooks"].shape[1]
+        x[known], codebooks = cross(x[known], label, weight, K, steps, rng)  # (n, d), (3, K, d)
+        four.save_codes(f"{name}-{kind}_codes.pt", x, known, data, run, args, codebooks)
+    five.main(["--name", name, "--modalities", f"{name}-image,{name}-text,collab",
+               "--target", f"{name}-text", *rest])
+
+
+if __name__ == "__main__":
+    five.start(main)
