@@ -658,9 +658,9 @@ class Generator(nn.Module):
 
 class Carried(NamedTuple):
     """What is known of the items besides codes."""
-    parts: torch.Tensor  # (N+1, D, E)  P v of each modality
-    whole: torch.Tensor  # (N+1, E)     their sum
-    near: torch.Tensor   # (B, 1, N+1)  trust * log(1 + 10 n) after each history, or None
+    parts: torch.Tensor  # (N+1, D, E), the vector of each modality, projected
+    whole: torch.Tensor  # (N+1, E), their sum
+    near: torch.Tensor   # (B, 1, N+1), trust * log(1 + 10 n) after each history; or None
 
 
 class Carry(nn.Module):

@@ -282,7 +282,11 @@ def levels_model(variant, kind="Gamer", dropout=0.0):
     sources = {name: one for name in ("image", "collab")}
     size = argparse.Namespace(width=16, heads=2, head=8, inner=32, layers=2, dropout=dropout, shrunk="collab")
     trie = gamer.plain.Trie(codes, 4)
-    model = getattr(gamer, kind)(sources, ["image", "collab"], "collab", trie, size)
+    neighbours = []
+    if kind == "GamerLookahead":
+        log = {"events": torch.arange(1, N + 1), "offsets": torch.tensor([0, N]), "item_ids": [""] * (N + 1)}
+        neighbours = [gamer.plain.Neighbours(log, 5)]
+    model = getattr(gamer, kind)(sources, ["image", "collab"], "collab", trie, size, *neighbours)
     for weight in model.parameters():
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.5)
