@@ -137,7 +137,7 @@ def test_neither_validation_nor_test_events_reach_the_codes(run, no_training):
 
 def nearer(vectors, label):
     """How much larger the cosine of two rows with one label is than that of two labels. (n, d), (n,) -> float"""
-    direction = F.normalize(vectors - vectors.mean(0), dim=1)                 # (n, d)
+    direction = F.normalize(vectors - vectors.mean(0), dim=1)           # (n, d)
     cosine = direction @ direction.T                                    # (n, n)
     same = label == label.unsqueeze(1)                                  # (n, n)
     others = ~torch.eye(len(label), dtype=torch.bool)                   # (n, n)
@@ -148,7 +148,7 @@ def nearer(vectors, label):
 
 
 def two_camps(seed=0):
-    """Forty items, odd ones for odd users and even ones for even users; content knows nothing of it.
+    """Forty items, the odd ones for even users, the even ones for odd users; content knows nothing of it.
 
     -> content x (41, 8), user, item (edges,) both
     """
@@ -164,9 +164,16 @@ def test_mmgrec_brings_items_nearer_that_are_bought_together(monkeypatch):
     x, user, item = two_camps()
     permuted = item[torch.randperm(len(item))]                          # (480,)
     camp = torch.arange(1, 41) % 2                                      # (40,)
+    users, items = mmgrec.mix(x, user, item, 60, 16)                    # (60, 16), (41, 16)
+    _, control = mmgrec.mix(x, user, permuted, 60, 16)                  # (41, 16)
     assert abs(nearer(x[1:], camp)) < 0.1
-    assert nearer(mmgrec.mix(x, user, item, 60, 16)[1:], camp) > 0.5
-    assert abs(nearer(mmgrec.mix(x, user, permuted, 60, 16)[1:], camp)) < 0.2
+    assert nearer(items[1:], camp) > 0.5
+    assert abs(nearer(control[1:], camp)) < 0.2
+
+    # And users come near to what they have: to all items of their camp, that is.
+    score = users @ items[1:].T                                         # (60, 40)
+    own = (torch.arange(60) % 2).unsqueeze(1) != camp                   # (60, 40) even users have odd items
+    assert score[own].mean() > score[~own].mean() + 1
 
 
 def test_a_node_hears_the_mean_of_its_neighbours():
@@ -185,7 +192,7 @@ def test_mmgrec_s_control_keeps_all_degrees_and_no_edge(run, no_training, monkey
 
     def mix(x, user, item, U, E):
         edges[variant] = (x, user, item)
-        return torch.randn(len(x), E)
+        return None, torch.randn(len(x), E)
 
     monkeypatch.setattr(mmgrec, "mix", mix)
     for variant in mmgrec.VARIANTS:
@@ -250,10 +257,14 @@ def test_each_head_of_lamia_finds_an_aspect_of_its_own():
 def test_lamia_turns_vectors_and_its_base_has_the_codes_of_02(run, no_training):
     before = load(run / "collab-content_codes.pt")
     known = before["known"]
+    lost = {}
     for variant in ("lamia", "lamia-rotated"):
         call(lamia, run, variant)
-        after = load(run / f"{variant}_codes.pt")["embeddings"]
-        assert torch.allclose(after @ after.T, before["embeddings"] @ before["embeddings"].T, atol=1e-3)
+        after = load(run / f"{variant}_codes.pt")
+        vectors = after["embeddings"]                                   # (N+1, d)
+        assert torch.allclose(vectors @ vectors.T, before["embeddings"] @ before["embeddings"].T, atol=1e-3)
+        lost[variant] = lamia.four.quantise(vectors, after["codebooks"])[1].square().sum()
+    assert lost["lamia"] < 0.95 * lost["lamia-rotated"]
     call(lamia, run, "lamia-base")
     assert torch.equal(load(run / "lamia-base_codes.pt")["codes"][known], before["codes"][known])
 
@@ -269,17 +280,19 @@ def test_lamia_turns_vectors_and_its_base_has_the_codes_of_02(run, no_training):
 # --- MACRec -----------------------------------------------------------------------------------------------------------
 
 
-def related_modalities():
-    """Vectors of 300 items, and the clusters of the other modality, of which three of the coordinates know."""
-    rng = torch.manual_seed(1)
+def related_modalities(seed=0):
+    """300 items of two loud aspects, and of a quiet one, which the other modality's clusters are. -> x (n, d), (n,)"""
+    torch.manual_seed(seed)
     label = torch.randint(6, (300,))                                    # (n,)
-    x = torch.randn(300, 12)                                            # (n, d)
-    x[:, 9:] += 2 * torch.randn(6, 3)[label]                            # (n, 3)
-    return x, label, rng
+    parts = []
+    for loudness, values in ((3, torch.randint(8, (300,))), (1.5, torch.randint(8, (300,))), (0.6, label)):
+        parts.append(loudness * torch.randn(8, 4)[values])              # (n, 4)
+    x = torch.cat(parts, 1) + 0.3 * torch.randn(300, 12)                # (n, d)
+    return x / x.square().mean().sqrt(), label
 
 
 def test_macrec_with_weight_0_is_an_autoencoder_that_no_cluster_changes():
-    x, label, _ = related_modalities()
+    x, label = related_modalities()
     made = {}
     for weight in (0, 0.1):
         for clusters in ("real", "permuted"):
@@ -293,8 +306,8 @@ def test_macrec_with_weight_0_is_an_autoencoder_that_no_cluster_changes():
 
 
 def test_macrec_s_contrast_reaches_what_codes_are_cut_from_and_that_of_the_public_code_does_not():
-    x, label, rng = related_modalities()
-    codebooks = macrec.three.residual_kmeans(x, 8, rng)                 # (3, K, d)
+    x, label = related_modalities()
+    codebooks = macrec.three.residual_kmeans(x, 8, torch.manual_seed(0))  # (3, K, d)
     z = x.clone().requires_grad_()                                      # (n, d)
     macrec.contrast(macrec.after_two_codes(z, codebooks), label).backward()
     assert (z.grad.norm(dim=1) > 0).all()
@@ -312,7 +325,7 @@ def test_macrec_s_contrast_reaches_what_codes_are_cut_from_and_that_of_the_publi
 def test_macrec_s_contrast_is_its_formula():
     torch.manual_seed(0)
     left = torch.randn(7, 4)                                            # (B, d)
-    label = torch.tensor([0, 1, 0, 0, 1, 2, -1])                        # 5 is alone, 6 has no picture
+    label = torch.tensor([0, 1, 0, 2, 0, -1, -1])                       # the last two lack the other modality
     f = F.normalize(left, dim=1)
     losses = []
     for i in range(7):
@@ -323,19 +336,24 @@ def test_macrec_s_contrast_is_its_formula():
     assert macrec.contrast(left, label).item() == pytest.approx(float(sum(losses) / 7), rel=1e-5)
 
 
-def test_what_two_codes_leave_knows_the_clusters_after_macrec():
-    """Also of items whose cluster it was not told: it learnt what vectors say of it, not items by heart."""
-    x, label, _ = related_modalities()
-    told = torch.arange(300) < 200                                      # (n,)
-    dealt = label[torch.randperm(300)]                                  # (n,)
-    knows = {}
-    for name, weight, clusters in (("macrec", 0.1, label), ("base", 0, label), ("control", 0.1, dealt)):
-        clusters = clusters.masked_fill(~told, -1)                      # (n,)
-        z, codebooks = macrec.cross(x, clusters, weight, 8, 200, torch.manual_seed(1))
-        left = macrec.after_two_codes(z, codebooks)                     # (n, d)
-        knows[name] = [nearer(left[some], label[some]) for some in (told, ~told)]
-    for some in (0, 1):
-        assert knows["macrec"][some] > max(knows["base"][some], knows["control"][some]) + 0.04
+def test_macrec_s_control_permutes_the_clusters_and_its_base_has_weight_0(run, no_training, monkeypatch):
+    given = {}
+
+    def cross(x, label, weight, K, steps, rng):
+        given.setdefault(variant, []).append((label, weight))  # of the pictures, then of the texts
+        return x, torch.zeros(3, K, x.shape[1])
+
+    monkeypatch.setattr(macrec, "cross", cross)
+    for variant in macrec.VARIANTS:
+        call(macrec, run, variant)
+    for ours, base, control in zip(given["macrec"], given["macrec-base"], given["macrec-control"]):
+        assert (ours[1], base[1], control[1]) == (macrec.WEIGHT, 0, macrec.WEIGHT)
+        assert torch.equal(ours[0], base[0]) and not torch.equal(ours[0], control[0])
+        assert torch.equal(ours[0].sort().values, control[0].sort().values)
+    image = load(run / "image_codes.pt")
+    of_text = given["macrec"][1][0]                                     # (n,): every item has a text here
+    assert torch.equal(of_text >= 0, image["known"][1:])  # who has no picture has no cluster
+    assert torch.equal(of_text[of_text >= 0], image["codes"][image["known"], 0])
 
 
 # --- UTGRec -----------------------------------------------------------------------------------------------------------
@@ -371,6 +389,24 @@ def test_neighbours_share_more_codes_after_utgrec_and_neither_in_base_nor_contro
         share[name] = shared(z, pairs)
     assert share["before"] < 0.2 and share["base"] < 0.2 and share["control"] < 0.4
     assert share["utgrec"] > 0.6
+
+
+def test_utgrec_s_control_keeps_how_often_an_item_is_a_neighbour_and_its_base_has_eta_0(run, no_training, monkeypatch):
+    given = {}
+
+    def tune(text, kept, pairs, eta, steps, rng):
+        given[variant] = (pairs, eta)
+        return text["embeddings"]
+
+    monkeypatch.setattr(utgrec, "tune", tune)
+    for variant in ("utgrec", "utgrec-base", "utgrec-control"):
+        call(utgrec, run, variant)
+    pairs, eta = given["utgrec"]                                        # (P, 2)
+    dealt, same_eta = given["utgrec-control"]                           # (P, 2)
+    assert (eta, given["utgrec-base"][1], same_eta) == (utgrec.ETA, 0, utgrec.ETA)
+    assert torch.equal(pairs, given["utgrec-base"][0]) and torch.equal(pairs[:, 0], dealt[:, 0])
+    assert torch.equal(pairs[:, 1].bincount(), dealt[:, 1].bincount())
+    assert (pairs[:, 1] == dealt[:, 1]).float().mean() < 0.2
 
 
 def test_neighbours_are_pairs_in_a_row_both_ways_and_once():

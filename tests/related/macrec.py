@@ -44,25 +44,22 @@ VARIANTS = {
 BASE = "macrec-base"
 WEIGHT = 0.1
 TAU = 0.1
-STEPS = 2000
+STEPS = 1000
 BATCH = 256
 
 
 def contrast(left, label):
     """L_con. left: what codes leave of z, (B, d); label: (B,), -1 for none -> ()"""
     f = F.normalize(left, dim=1)                                # (B, d)
-    itself = torch.eye(len(label), dtype=torch.bool)            # (B, B)
-    log_p = (f @ f.T / TAU).masked_fill(itself, -torch.inf).log_softmax(1)  # (B, B)
-    shared = (label == label.unsqueeze(1)) & (label >= 0) & ~itself  # (B, B)
-    pulled = log_p.masked_fill(~shared, 0).sum(1)               # (B,)
-    return -(pulled / shared.sum(1).clamp(min=1)).mean()        # ()
+    log_p = (f @ f.T / TAU).fill_diagonal_(-torch.inf).log_softmax(1)  # (B, B)
+    shared = ((label == label.unsqueeze(1)) & (label >= 0)).fill_diagonal_(False)  # (B, B)
+    return -(log_p.masked_fill(~shared, 0).sum(1) / shared.sum(1).clamp(min=1)).mean()  # ()
 
 
 def after_two_codes(z, codebooks):
     """What two codes leave of z. Centroids are constants: it has the gradient of z. -> (B, d)"""
     for codebook in codebooks[:2]:
-        code = three.nearest(z.detach(), codebook)              # (B,)
-        z = z - codebook[code]                                  # (B, d)
+        z = z - codebook[three.nearest(z.detach(), codebook)]   # (B, d)
     return z
 
 
@@ -74,20 +71,24 @@ def cross(x, label, weight, K, steps, rng):
     d = x.shape[1]
     encode = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
     decode = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
-    quantiser = three.ResidualQuantiser(three.residual_kmeans(encode(x).detach(), K, rng))
     optimizer = torch.optim.Adam([*encode.parameters(), *decode.parameters()])
+    quantiser = three.ResidualQuantiser(three.residual_kmeans(encode(x).detach(), K, rng))
     for _ in range(steps):
         some = torch.randint(len(x), (BATCH,), generator=rng)   # (B,)
         z = encode(x[some])                                     # (B, d)
         z_q, commitment = quantiser(z)                          # (B, d), ()
-        left = after_two_codes(z, quantiser.codebooks)          # (B, d)
         loss = F.mse_loss(decode(z_q), x[some]) + three.BETA * commitment / BATCH  # ()
+        left = after_two_codes(z, quantiser.codebooks)          # (B, d)
         loss = loss + weight * contrast(left, label[some])      # ()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         quantiser.update(z.detach(), rng)
-    return three.standardise(encode(x).detach(), quantiser.codebooks)
+    # The codebooks are always a little behind: as in 03, ten steps of k-means bring them here.
+    z = encode(x).detach()                                      # (n, d)
+    for _ in range(10):
+        quantiser.update(z, rng, decay=0)
+    return three.standardise(z, quantiser.codebooks)
 
 
 def main(argv=None):

@@ -1,16 +1,17 @@
 """MMGRec: codes of content that was mixed over the graph of who bought what.
 
 MMGRec (Liu et al., arXiv 2404.16555) mixes the content vectors of items over the graph of users and
-items and cuts the result into codes, which a transformer writes. Tried here is this one idea: such
+items, and cuts the result into codes, which a transformer writes. Tried here is this one idea: such
 codes take the place of SASRec's, shown and written. The nodes of the graph are users and items, an
-edge is a training event, and with x the content vectors of the items, image and text end to end,
+edge is a training event, and with x the content vectors of items, image and text end to end,
 
     h_0 = [vectors of users; W x],   h_(l+1) = Own_l h_l + Near_l (mean of the neighbours' h_l)
 
 with a leaky ReLU between the two layers. BPR trains them: - log sigmoid(h_u . h_i - h_u . h_j),
-where user u had item i, and j is any. Left out: its attention for sets (our histories have an
-order), its autoencoder around the quantiser, audio, users' vectors in the generator. That items
-of equal codes are numbered by sales is in all our codes [9]; mmgrec-unsorted shows what it is worth.
+where user u had item i, and j is any item. Left out: its attention for sets (our histories have an
+order), its autoencoder around the quantiser, audio, users' vectors in the generator. Its order of
+items that share three codes, the most bought first, is in all our codes [9]; mmgrec-unsorted shows
+what that is worth.
 
     python tests/related/mmgrec.py --run runs/toy
     python tests/related/mmgrec.py --run runs/toy --variant mmgrec-control   # or another
@@ -80,7 +81,10 @@ class Graph(nn.Module):
 
 
 def mix(x, user, item, U, E):
-    """Trains the graph. x: (N+1, d); user, item: (edges,) both -> vectors of items (N+1, E)"""
+    """Trains the graph. x: (N+1, d); user, item: (edges,) both
+
+    -> vectors of users and items, (U, E) and (N+1, E)
+    """
     graph = Graph(user, item, U, len(x) - 1, x.shape[1], E)
     optimizer = torch.optim.Adam(graph.parameters(), lr=LR)
     for _ in range(STEPS):
@@ -90,7 +94,7 @@ def mix(x, user, item, U, E):
         optimizer.zero_grad()
         F.softplus(-lead).mean().backward()  # softplus(-x) is - log sigmoid(x)
         optimizer.step()
-    return graph.eval()(x)[1].detach()                          # (N+1, E)
+    return [h.detach() for h in graph.eval()(x)]
 
 
 def main(argv=None):
@@ -115,7 +119,7 @@ def main(argv=None):
         x[1:] = x[1:][torch.randperm(len(x) - 1)]               # (N, d)
     if name == "mmgrec-unsorted":
         data["train_counts"] = torch.randperm(len(x))           # (N+1,)
-    h = mix(x, user, item, len(data["user_ids"]), args.width)   # (N+1, E)
+    _, h = mix(x, user, item, len(data["user_ids"]), args.width)  # (N+1, E)
     embeddings = four.standard_embeddings(h[known], known)      # (N+1, E)
     four.save_codes(f"{name}_codes.pt", embeddings, known, data, run, args)
     five.main(["--name", name, "--modalities", ",".join([*shown, name]), "--target", name,
