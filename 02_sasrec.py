@@ -377,31 +377,33 @@ def learning_rate(highest, progress):
 
 
 @torch.no_grad()
-def recommend(model, data, split, users, T, top):
-    """The best items for the held-out event of some users.
+def recommend(model, data, split, users, top, args):
+    """The best items for the held-out event of some users; processes share the work.
 
-    split: "valid" or "test", users: (n,), T: events that the model reads, top: how many items
+    split: "valid" or "test", users: (n,), top: how many items
     -> items int32 (n, top), best first; their scores float32 (n, top)
     """
     model.eval()
-    device = model.items.weight.device
     items = torch.zeros(len(users), top, dtype=torch.int32)             # (n, top)
     scores = torch.zeros(len(users), top)                               # (n, top)
     vectors = model.vectors()[1:].T                                     # (E, N)
+    # 256 users at once: their scores stay in the cache. A GPU has more to do at once.
+    at_once = 2048 if args.device == "cuda" else 256
 
-    start, length = held_out_windows(split, data["offsets"], T)         # (U,) both
+    start, length = held_out_windows(split, data["offsets"], args.length)  # (U,) both
     start, length = start[users], length[users]                         # (n,) both
     torch.manual_seed(0)  # the same batches each time, so the same rounding and the same bits
-    for batch in equal_length_batches(length, RANKED_EVENTS):
+    batches = equal_length_batches(length, RANKED_EVENTS)
+    for batch in batches[args.rank::args.world]:
         place = torch.arange(length[batch[0]])                          # (T,)
         history = data["events"][start[batch, None] + place]            # (B, T)
-        last = model(history.to(device))[:, -1]                         # (B, E)
-        # 256 users at once: their scores stay in the cache.
-        for rows, hidden in zip(batch.split(256), last.split(256)):
+        last = model(history.to(args.device))[:, -1]                    # (B, E)
+        for rows, hidden in zip(batch.split(at_once), last.split(at_once)):
             best = model.score(hidden, vectors).topk(top)               # (256, top)
             items[rows] = (best.indices + 1).int().cpu()  # item 0 is padding
             scores[rows] = best.values.cpu()
-    return items, scores
+    # Each process filled the rows of its own users, the rest are 0: the sum has all rows.
+    return add_up(items), add_up(scores)
 
 
 # --- Codes: residual k-means of any vectors (the same text in 02, 03 and 04) ---------------------
@@ -736,7 +738,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         log_q = (counts / counts.sum()).log()                           # (N+1,)
 
     model.train()
-    total = 0.0
+    total = torch.zeros((), device=args.device)                         # ()
     targets = 0
     todo = batches
     if args.max_steps:
@@ -748,26 +750,31 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         place = torch.arange(int(length[batch[0]]) + 1)                 # (T+1,)
         share = batch[args.rank::args.world]                            # (B,) of this process
         events = data["events"][start[share, None] + place]             # (B, T+1)
-        events = events.long().to(args.device)                          # (B, T+1)
+        # The processor does not wait until they are there: it goes on to plan the GPU's next work.
+        events = events.long().to(args.device, non_blocking=True)       # (B, T+1)
         # The cuts of long histories move, so epochs differ in steps: count within this epoch.
         progress = (epoch + (number + 0.5) / len(batches)) / args.epochs
         lr = learning_rate(args.lr, progress)
-        total += train_step(model, replica, optimizer, lr, events, log_q, args)
+        total += train_step(model, replica, optimizer, lr, events, log_q, args)  # ()
         targets += len(batch) * (len(place) - 1)
-        if not math.isfinite(total):
-            fail(f"step {number}: the loss is no number: start over with a lower --lr and --fresh.")
+        # What is no number once stays none. To look, the processor waits for the GPU: so seldom.
+        if number % 100 == 0 or number == len(todo) - 1:
+            if not total.isfinite():
+                fail(f"by step {number} the loss is no number: start over with a lower --lr and "
+                     "--fresh.")
 
     if args.max_steps:
         hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
         print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
-    total = add_up(torch.tensor(total, device=args.device)).item()
-    return total / max(1, targets)  # a very small shop may have no training target
+    # A very small shop may have no training target.
+    return add_up(total).item() / max(1, targets)
 
 
 def train_step(model, replica, optimizer, lr, events, log_q, args):
     """One step of AdamW. events: (B, T+1), each of them but the first is a target.
 
-    log_q: (N+1,) for the sampled softmax, else None -> this process's loss, summed over targets
+    log_q: (N+1,) for the sampled softmax, else None
+    -> this process's loss, summed over targets ()
     """
     hidden = replica(events[:, :-1])                                    # (B, T, E)
     loss = model.loss(hidden, events, log_q, args)                      # ()
@@ -776,20 +783,19 @@ def train_step(model, replica, optimizer, lr, events, log_q, args):
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return loss.detach()                                                # ()
 
 
 def validate(model, data, users, args):
-    """NDCG@10 on the validation events of some users, shared among the processes. -> float"""
-    share = users[args.rank::args.world]                                # (n,)
+    """NDCG@10 on the validation events of some users. -> float"""
     N = len(data["item_ids"]) - 1
-    top, _ = recommend(model, data, "valid", share, args.length, min(10, N))  # (n, 10)
-    target = data["events"][data["offsets"][1 + share] - 2]             # (n,)
+    top, _ = recommend(model, data, "valid", users, min(10, N), args)   # (n, 10)
+    target = data["events"][data["offsets"][1 + users] - 2]             # (n,)
     hit = top == target.unsqueeze(1)                                    # (n, 10)
     # The item at place 0 counts 1 / log2(2), at place 1 1 / log2(3), ..
     discount = torch.log2(2.0 + torch.arange(top.shape[1]))             # (10,)
-    gain = (hit / discount).sum()                                       # ()
-    return add_up(gain.to(args.device)).item() / len(users)
+    gain = hit / discount                                               # (n, 10)
+    return gain.sum(1).mean().item()
 
 
 def write_recommendations(model, state, run, data, args):
@@ -797,9 +803,9 @@ def write_recommendations(model, state, run, data, args):
     everyone = torch.arange(len(data["user_ids"]))                      # (U,)
     top = min(args.top, len(data["item_ids"]) - 1)
     began = time.time()
-    test, scores = recommend(model, data, "test", everyone, args.length, top)  # (U, top) both
+    test, scores = recommend(model, data, "test", everyone, top, args)  # (U, top) both
     seconds = {"train": state["seconds"], "predict": time.time() - began}
-    valid, _ = recommend(model, data, "valid", everyone, args.length, top)  # (U, top)
+    valid, _ = recommend(model, data, "valid", everyone, top, args)  # (U, top)
     show_example(test, data)
     run.save({
         "name": args.name,

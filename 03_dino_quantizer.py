@@ -44,6 +44,7 @@ import os
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -379,23 +380,25 @@ class ResidualQuantiser(nn.Module):
         straight_through = z + (z_q - z).detach()                   # (n, d)  [14]
         return straight_through, commitment
 
-    def update(self, residual, rng, decay=CODEBOOK_DECAY):
+    def update(self, residual, decay=CODEBOOK_DECAY):
         """Moves the centroids: C_l[k] = sum of its members / their number, both running means, that
         is to say new = decay * old + (1 - decay) * what this batch has. residual: (n, d), r_0 = z
         """
         for members, sums, codebook in zip(self.members, self.sums, self.codebooks):
             code = nearest(residual, codebook)                      # (n,)
-            count = torch.bincount(code, minlength=len(members))    # (K,)
-            members.mul_(decay).add_(count, alpha=1 - decay)        # (K,)
+            one = torch.ones_like(code, dtype=members.dtype)        # (n,)
+            members.mul_(decay)
+            members.index_add_(0, code, one, alpha=1 - decay)       # (K,)
             sums.mul_(decay)
             sums.index_add_(0, code, residual, alpha=1 - decay)     # (K, d)
 
             # A centroid without members would stay where no vector is, and its code unused. It
-            # starts anew at a vector of this batch.  [15]
-            dead = (members < DEAD).nonzero()[:, 0]                 # (dead,)
-            chosen = torch.randint(len(residual), dead.shape, generator=rng)
-            sums[dead] = residual[chosen]                           # (dead, d)
-            members[dead] = 1                                       # (dead,)
+            # starts anew at a vector of this batch, which has no order: number k at the k-th. [15]
+            dead = members < DEAD                                   # (K,)
+            place = torch.arange(len(members), device=residual.device)  # (K,)
+            anew = residual[place % len(residual)]                  # (K, d)
+            sums.copy_(torch.where(dead.unsqueeze(1), anew, sums))  # (K, d)
+            members.masked_fill_(dead, 1)                           # (K,)
 
             # The next level is about what this one leaves, before its centroids move.
             residual = residual - codebook[code]                    # (n, d)
@@ -555,7 +558,7 @@ def set_rates(optimizer, done):
 # nothing, and backward is loss.backward().
 
 
-def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoch, rng):
+def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoch):
     """Step number `step` of `steps`. Changes student, teacher and optimizer in place.
 
     replica: the student, as several processes train it; views: global crops (2, b, 3, size, size),
@@ -600,12 +603,13 @@ def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoc
     # No gradient moves the teacher: it is the running average of the student (`lerp_`),
     # teacher = m teacher + (1 - m) student
     m = teacher_momentum(done, steps)
-    for average, weight in zip(teacher.parameters(), student.parameters()):
-        average.lerp_(weight.detach(), 1 - m)
+    averages = list(teacher.parameters())
+    weights = [weight.detach() for weight in student.parameters()]
+    torch._foreach_lerp_(averages, weights, 1 - m)
 
     # Centroids are running means, too: C_l[k] of its members among the z of all views.
     if student.quantiser is not None:
-        student.quantiser.update(everyone.flatten(0, 1), rng)       # (V * B, d)
+        student.quantiser.update(everyone.flatten(0, 1))            # (V * B, d)
 
     return add_up(torch.stack([l_dino.detach(), entropy]))          # (2,)
 
@@ -629,14 +633,39 @@ def replicate(student):
     return nn.parallel.DistributedDataParallel(student)
 
 
-def views_of(batch, images, V, vit, rng):
-    """The views of this process's share of a batch. batch: (B,), items -> as make_views"""
+def read_ahead(batches, images):
+    """The pictures of this process's share of one batch after another. A thread reads the next ones
+    (from the disk, where they do not fit into memory) while these are learnt from.
+
+    batches: item numbers (B,) each, images: uint8 (N+1, 3, S, S) -> an iterator, (b, 3, S, S) each
+    """
+    def read(batch):
+        pictures = images[batch[my_share()]]                        # (b, 3, S, S)
+        if torch.cuda.is_available():
+            pictures = pictures.pin_memory()  # a GPU can fetch them by itself
+        return pictures
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(read, batches[0])
+        for batch in batches[1:]:
+            pictures = coming.result()                              # (b, 3, S, S)
+            coming = thread.submit(read, batch)
+            yield pictures
+        yield coming.result()
+
+
+def views_of(pictures, B, V, vit, rng):
+    """The views of this process's share of a batch of B pictures. pictures: uint8 (b, 3, S, S)
+
+    -> as make_views
+    """
     # Everybody draws for the whole batch: so all draw the same, and a picture gets the same views
     # whoever has it.
-    draws = draw_views(V, len(batch), rng)[:, my_share()]           # (V, b, 8)
+    draws = draw_views(V, B, rng)[:, my_share()]                    # (V, b, 12)
     device = vit.cls_token.device
-    pictures = images[batch[my_share()]].to(device) / 255           # (b, 3, S, S)
-    return make_views(pictures, draws.to(device), vit.size, vit.patch)
+    draws = draws.to(device, non_blocking=True)                     # (V, b, 12)
+    pictures = pictures.to(device, non_blocking=True) / 255         # (b, 3, S, S)
+    return make_views(pictures, draws, vit.size, vit.patch)
 
 
 def gather(z, B):
@@ -705,7 +734,7 @@ def read_image_codes(student, teacher, images, data, rng):
             # student's crops to the teacher's whole pictures. Where they start is the student's,
             # and the ViT has learnt to lie near such centroids.
             for _ in range(10):
-                student.quantiser.update(z, rng, decay=0)
+                student.quantiser.update(z, decay=0)
             codebooks = student.quantiser.codebooks.cpu()           # (3, K, d)
         z, codebooks = standardise(z.cpu(), codebooks)              # (n, d), (3, K, d)
         embeddings = torch.zeros(len(known), z.shape[1])            # (N+1, d)
@@ -1012,17 +1041,22 @@ def train(student, teacher, images, items, run, args, rng):
         if args.max_steps:
             batches = batches[:args.max_steps]
 
-        means = torch.zeros(2)                                      # (2,)
+        means = torch.zeros(2, device=args.device)                  # (2,)
+        pictures = read_ahead(batches, images)
         for step, batch in enumerate(batches, epoch * epoch_steps):  # batch: (B,)
-            views = views_of(batch, images, V, student.backbone, rng)
+            views = views_of(next(pictures), len(batch), V, student.backbone, rng)
             losses = train_step(student, replica, teacher, optimizer, views,
-                                len(batch), step, steps, epoch, rng).cpu()  # (2,)
-            if not losses.isfinite().all():
-                fail(f"step {step}: the loss is no number; whole epochs, if any, are in "
-                     f"{run.folder / 'dino.checkpoint'}.")
+                                len(batch), step, steps, epoch)     # (2,)
             means += losses / epoch_steps                           # (2,)
-            bar.set_postfix_str(f"loss {losses[0]:.2f}, entropy {losses[1]:.2f}", refresh=False)
             bar.update()
+            # To look at the loss, the processor waits for the GPU: so seldom. What is no number
+            # once stays none.
+            if step % 100 == 0 or batch is batches[-1]:
+                loss, entropy = losses.tolist()
+                bar.set_postfix_str(f"loss {loss:.2f}, entropy {entropy:.2f}", refresh=False)
+                if not means.isfinite().all():
+                    fail(f"by step {step} the loss is no number; whole epochs, if any, are in "
+                         f"{run.folder / 'dino.checkpoint'}.")
 
         seconds = time.time() - began
         bar.clear()
@@ -1030,6 +1064,7 @@ def train(student, teacher, images, items, run, args, rng):
             hours = seconds / 3600 * epoch_steps / len(batches)
             print(f"{len(batches)} steps; an epoch has {epoch_steps:,}: {hours:.3g} hours")
             return torch.zeros(0, 2), seconds
+        means = means.cpu()                                         # (2,)
         curves.append(means)
         print_epoch(epoch, means, args.epochs)
         run.save({

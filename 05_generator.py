@@ -300,11 +300,7 @@ class RelativeBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T + bias) v in each of H heads: n tokens ask, m tokens answer.
-
-    By hand, to show where the bias comes in; 02 calls torch's fused function, which would give the
-    same here with attn_mask=bias and scale=1. (03: by hand, with a public model's names.)
-    """
+    """softmax(q k^T + bias) v in each of H heads: n tokens ask, m tokens answer."""
 
     def __init__(self, E, H, head):
         super().__init__()
@@ -329,12 +325,29 @@ class Attention(nn.Module):
     def forward(self, x, keys, values, bias):
         """x: (..., n, E), bias: as (..., H, n, m), or broadcast to it -> (..., n, E)"""
         queries = self.split(self.query(x))                         # (..., H, n, head)
-        scores = queries @ keys.transpose(-1, -2)                   # (..., H, n, m)
-        # The largest tensors of all: no copy for the sum, no float32 where the rest is bfloat16.
-        scores = scores.add_(bias.to(scores.dtype))                 # (..., H, n, m)
-        weights = scores.softmax(-1, dtype=scores.dtype)            # (..., H, n, m)
-        mixed = (weights @ values).transpose(-2, -3)                # (..., n, H, head)
-        return self.out(mixed.flatten(-2))                          # (..., n, E)
+        attend = fused_attention if x.is_cuda else attention
+        mixed = attend(queries, keys, values, bias)                 # (..., H, n, head)
+        return self.out(mixed.transpose(-2, -3).flatten(-2))        # (..., n, E)
+
+
+def attention(queries, keys, values, bias):
+    """By hand, to show where the bias comes in. (03: by hand, with a public model's names.)
+
+    queries: (..., H, n, head), keys, values: (..., H, m, head) -> (..., H, n, head)
+    """
+    scores = queries @ keys.transpose(-1, -2)                       # (..., H, n, m)
+    # The largest tensors of all: no copy for the sum, no float32 where the rest is bfloat16.
+    scores = scores.add_(bias.to(scores.dtype))                     # (..., H, n, m)
+    weights = scores.softmax(-1, dtype=scores.dtype)                # (..., H, n, m)
+    return weights @ values                                         # (..., H, n, head)
+
+
+def fused_attention(queries, keys, values, bias):
+    """The same by a kernel of torch's, as in 02. On GPUs it never writes the scores of n by m, most
+    of what moves; CPUs have none for a bias that learns, and this takes longer there.
+    """
+    bias = bias.to(queries.dtype)                                   # (..., H, n, m)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=1.0)
 
 
 class FeedForward(nn.Module):
@@ -742,8 +755,8 @@ class Neighbours(nn.Module):
         place = torch.arange(len(item)) - torch.searchsorted(item, item)  # (different,)
         kept = place < R                                            # (different,)
         cell = (item[kept], place[kept])
-        neighbour = torch.zeros(n, R).long()                        # (N+1, R), 0: none
-        neighbour[cell] = pairs[order][kept] % n
+        neighbour = torch.zeros(n, R, dtype=torch.int32)            # (N+1, R), 0: none
+        neighbour[cell] = (pairs[order][kept] % n).int()
         weight = torch.zeros(n, R)                                  # (N+1, R)
         weight[cell] = total[order][kept]
         self.register_buffer("neighbour", neighbour, persistent=False)
@@ -755,7 +768,8 @@ class Neighbours(nn.Module):
         counts = self.weight.new_zeros(B, len(self.weight))         # (B, N+1)
         for a in range(min(NEAR, T)):
             item = history[:, T - 1 - a]                            # (B,)
-            counts.scatter_add_(1, self.neighbour[item], 0.5 ** a * self.weight[item])
+            neighbour = self.neighbour[item].long()                 # (B, R)
+            counts.scatter_add_(1, neighbour, 0.5 ** a * self.weight[item])
         counts.scatter_(1, history, 0)  # these it has paired itself
         counts[:, 0] = 0                # no item
         return counts                                               # (B, N+1)
@@ -777,8 +791,9 @@ class Beneath(nn.Module):
         code = torch.zeros_like(item)                               # (nodes of l, C)
         code[node, place] = trie.codes.cpu()[items, l]
         self.K = trie.K
-        self.register_buffer("item", item, persistent=False)
-        self.register_buffer("code", code, persistent=False)
+        # As few bytes as hold them: in a large shop these tables are large.
+        self.register_buffer("item", item.int(), persistent=False)
+        self.register_buffer("code", code.to(torch.int16), persistent=False)
 
     def forward(self, question, node, carried):
         """log sum exp s over the items under each child of a node.
@@ -790,14 +805,15 @@ class Beneath(nn.Module):
             score = question @ carried.whole[item].T                # (..., N)
             if carried.near is not None:
                 score = score + carried.near[..., item]             # (..., N)
-            code = self.code[0].expand(score.shape)                 # (..., N)
+            code = self.code[0].long().expand(score.shape)          # (..., N)
         else:
             item = self.item[node]                                  # (..., C)
             score = F.embedding(item, carried.whole) @ question.unsqueeze(-1)  # (..., C, 1)
             score = score.squeeze(-1).masked_fill(item == 0, -torch.inf)  # (..., C)
             if carried.near is not None:
-                score = score + carried.near.take_along_dim(item, -1)  # (..., C)
-            code = self.code[node]                                  # (..., C)
+                near = carried.near.take_along_dim(item.long(), -1)  # (..., C)
+                score = score + near                                # (..., C)
+            code = self.code[node].long()                           # (..., C)
 
         # exp of large numbers overflows: the largest is taken out, and added again at the end.
         score = score.float()                                       # (..., C)
@@ -841,7 +857,7 @@ class Lookahead(Generator):
             kept = torch.rand_like(kept)                            # ()
         parts = torch.stack([carry(kept) for carry in self.carry], 1)  # (N+1, D, E)
         near = None
-        if self.trust > 0 and not self.training:
+        if not self.training and self.trust > 0:
             counts = self.neighbours(history).unsqueeze(1)          # (B, 1, N+1)
             near = self.trust * (10 * counts).log1p()               # (B, 1, N+1)
         return Carried(parts, parts.sum(1), near)
@@ -961,7 +977,8 @@ def events_at(data, start, T, args):
     """T events in a row, of each of B users. start: (B,), the first of them -> items (B, T)"""
     place = torch.arange(T)                                         # (T,)
     events = data["events"][start.unsqueeze(1) + place]             # (B, T)
-    return events.long().to(args.device)                            # (B, T)
+    # The processor does not wait until they are there: it goes on to plan the GPU's next work.
+    return events.long().to(args.device, non_blocking=True)         # (B, T)
 
 
 def recommend(model, trie, data, split, users, args):
@@ -979,7 +996,10 @@ def recommend(model, trie, data, split, users, args):
     # All processes must cut the same batches, and so must a run that goes on after a stop: sums
     # are rounded alike only in batches that are alike, and then they have the same bits.
     torch.manual_seed(0)
-    batches = equal_length_batches(length, RANKED_EVENTS)
+    at_once = RANKED_EVENTS
+    if args.device == "cuda":
+        at_once = 16 * RANKED_EVENTS  # else most of its cores would have nothing to do
+    batches = equal_length_batches(length, at_once)
     for rows in progress(batches[args.rank::args.world], split, args):
         T = int(length[rows[0]])
         history = events_at(data, start[rows], T, args)             # (B, T)
@@ -1214,7 +1234,7 @@ def train(model, trie, run, data, args):
 def settle(model, trie, state, data, users, args):
     """The two numbers of Lookahead that are not learnt: those that validate best, one by one."""
     model.load_state_dict(state["best"])
-    choices = {"kept": (0.0, 0.25, 0.5, 0.75, 1.0), "trust": (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)}
+    choices = {"kept": (0.0, 0.25, 0.5, 0.75, 1.0), "trust": (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)}
     if all(carry.own is None for carry in model.carry):
         del choices["kept"]  # nothing is shrunk
     if args.neighbours == 0:
@@ -1275,11 +1295,13 @@ def train_epoch(model, trie, optimizer, state, epoch, data, args):
 
         done = (epoch + i / len(batches)) / args.epochs
         optimizer.param_groups[0]["lr"] = learning_rate(done, args.lr)
-        losses = train_step(model, trie, optimizer, events, args)   # (L,)
-        if not losses.isfinite().all():
-            fail(f"step {i}: the loss is no number: start over with a lower --lr and --fresh.")
-        total += losses
+        total += train_step(model, trie, optimizer, events, args)   # (L,)
         targets += len(batch) * T
+        # What is no number once stays none. To look, the processor waits for the GPU: so seldom.
+        if i % 100 == 0 or i == len(todo) - 1:
+            if not total.isfinite().all():
+                fail(f"by step {i} the loss is no number: start over with a lower --lr and "
+                     "--fresh.")
 
     if args.max_steps:
         hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
@@ -1383,6 +1405,9 @@ def show_recommendations(run, args):
     # Once more, now that the codes are read: made from others than these, it is refused.
     saved = run.load(f"generator-{args.name}.pt", "this script without --history")
     model, trie = build(sources, data, trained)
+    if saved["weights"].keys() != model.state_dict().keys():
+        fail(f"{run.folder}/generator-{args.name}.pt holds another model than this script's: ask "
+             "the script that trained it.")
     model.load_state_dict(saved["weights"])
     model.eval()
 

@@ -1,4 +1,5 @@
 """SASRec: causal, its loss the full softmax, its ranking complete; the sampled softmax agrees with the full one."""
+import argparse
 import hashlib
 import os
 import shutil
@@ -105,11 +106,16 @@ def test_a_target_that_is_drawn_against_itself_does_not_count(scripts):
     assert loss.abs() < 1e-5
 
 
+def alone(length):
+    """The options of a ranking by one process."""
+    return argparse.Namespace(length=length, rank=0, world=1, device="cpu")
+
+
 def test_recommendations_are_the_whole_ranking(scripts):
     model = model_of(scripts)
     events = torch.randint(1, 31, (24,), dtype=torch.int32)
     data = {"events": events, "offsets": torch.tensor([0, 5, 14, 24])}
-    top, scores = scripts[2].recommend(model, data, "test", torch.arange(3), 6, 30)
+    top, scores = scripts[2].recommend(model, data, "test", torch.arange(3), 30, alone(6))
     assert all(sorted(row) == list(range(1, 31)) for row in top.tolist())
     history = events[17:23][None].long()[:, -6:]
     expected = (model(history)[0, -1] @ model.items.weight[1:].T).argsort(descending=True) + 1
@@ -132,7 +138,7 @@ def test_a_run_that_goes_on_at_its_recommendations_makes_the_same_batches(script
     model = s.SASRec(len(data["item_ids"]) - 1, 20, 16, 2, 1, 0.5)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        s.recommend(model, data, "test", torch.arange(len(data["user_ids"])), 20, 5)
+        s.recommend(model, data, "test", torch.arange(len(data["user_ids"])), 5, alone(20))
     assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
 
 
@@ -148,6 +154,8 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_pat
         saved = torch.load(run / "sasrec.pt", weights_only=True)
         losses.append(saved["losses"])
         ndcg.append(saved["ndcg"])
+        ranking = torch.load(run / "predictions-sasrec-s0.pt", weights_only=True)["test"]
+        assert ranking.min() > 0, "each process ranks for its share of the users, and all are put together"
     assert torch.allclose(*losses, atol=1e-4), losses
     assert torch.allclose(*ndcg, atol=0.02), ndcg  # equal scores may change places
     assert process.stdout.count("epoch   0") == 1 and not list(run.glob("*.partial"))
@@ -250,7 +258,7 @@ def test_validation_is_the_mean_ndcg_of_the_last_but_one_event(scripts, smoke):
     torch.manual_seed(0)
     model = s.SASRec(N, 20, 16, 2, 1, 0.0)
     users = torch.arange(0, 200, 3)
-    ranking, _ = s.recommend(model, data, "valid", users, 20, N)
+    ranking, _ = s.recommend(model, data, "valid", users, N, args)
     target = data["events"][data["offsets"][users + 1] - 2]
     place = (ranking == target.unsqueeze(1)).float().argmax(1) + 1
     gain = torch.where(place <= 10, 1 / torch.log2(place + 1.0), 0.0)

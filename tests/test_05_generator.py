@@ -125,6 +125,23 @@ def exhaustive(generator, codes, trie, model, history):
     return torch.stack(scores)
 
 
+def test_the_fused_attention_of_gpus_gives_the_same_numbers(parts, monkeypatch):
+    """Losses, gradients and scores of a search, all to 1e-5."""
+    generator, _, trie, model = parts
+    history, target = torch.randint(1, N + 1, (2, 3, 6))                # (3, 6) both
+    by_hand, fused = [], []
+    for numbers, attend in ((by_hand, generator.attention), (fused, generator.fused_attention)):
+        monkeypatch.setattr(generator, "attention", attend)
+        model.zero_grad()
+        torch.manual_seed(0)
+        losses = generator.code_losses(model(history, target).flatten(0, 1), target.flatten(), trie)
+        losses.sum().backward()
+        _, score = generator.beam_search(model, trie, history, 10)
+        numbers += [losses, score, *[weight.grad.clone() for weight in model.parameters()]]
+    for ours, theirs in zip(by_hand, fused, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_a_wide_beam_ranks_as_scoring_every_item(parts):
     generator, codes, trie, model = parts
     if hasattr(model, "trust"):
@@ -815,6 +832,16 @@ def test_history_that_is_unclear_gets_a_sentence(scripts, capsys, wanted, said):
     with pytest.raises(SystemExit) as stop:
         scripts[5].find_items(wanted, SHOP)
     assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_history_of_a_model_that_another_script_trained_gets_a_sentence(scripts, smoke, tmp_path, capsys):
+    run = links(smoke, tmp_path / "run", "generator-mscgrec.pt")
+    saved = load(run / "generator-mscgrec.pt")
+    (run / "generator-mscgrec.pt").unlink()
+    torch.save(saved | {"weights": saved["weights"] | {"more": torch.zeros(1)}}, run / "generator-mscgrec.pt")
+    with pytest.raises(SystemExit) as stop:
+        scripts[5].main(["--run", str(run), "--history", load(run / "data.pt")["item_ids"][3]])
+    assert stop.value.code == 2 and "another model than this script's" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_old_history_png(scripts, smoke, tmp_path, monkeypatch, capsys):

@@ -83,11 +83,11 @@ def cross(x, label, weight, K, steps, rng):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        quantiser.update(z.detach(), rng)
+        quantiser.update(z.detach())
     # The codebooks are always a little behind: as in 03, ten steps of k-means bring them here.
     z = encode(x).detach()                                      # (n, d)
     for _ in range(10):
-        quantiser.update(z, rng, decay=0)
+        quantiser.update(z, decay=0)
     return three.standardise(z, quantiser.codebooks)
 
 

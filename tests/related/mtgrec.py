@@ -54,7 +54,7 @@ def quantisers(x, codebooks, rng):
         for _ in range(passes):
             order = torch.randperm(len(x), generator=rng)               # (n,)
             for rows in order.split(MEMBERS * codebooks.shape[1]):
-                quantiser.update(x[rows], rng)
+                quantiser.update(x[rows])
         yield quantiser.codebooks.clone()
 
 

@@ -89,7 +89,7 @@ def tune(text, kept, pairs, eta, steps, rng):
         loss.backward()
         optimizer.step()
         if kept is None:
-            quantiser.update(z.detach(), rng)
+            quantiser.update(z.detach())
     return (x @ f).detach()                                     # (N+1, d)
 
 
