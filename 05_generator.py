@@ -34,7 +34,7 @@ writes  generator-mscgrec.pt
           ndcg         float32 (epochs)     validation NDCG@10
           seconds      float                of training and validation
           options      dict                 the options of this run
-        predictions-mscgrec-s0.pt           as 06_eval.py describes
+        predictions-mscgrec-s0.pt           as 06_eval.py describes, with a `trace`
         history.png                         only with --history
 
 On the toy shop: 4.2 minutes, 0.5 GiB (2 cores of an AMD EPYC).
@@ -74,6 +74,8 @@ NEAR = 5                 # places apart that neighbours are counted, and items o
 CLIP = 1.0               # a gradient that is longer is shortened to this
 VALIDATION_USERS = 2000  # at the most; their validation events decide which epoch is the best
 RANKED_EVENTS = 1024     # of histories that are searched at once, about
+TRACED_USERS = 1000      # at the most; 06 draws what the search for one of them held
+TRACED_BEAMS = 5         # of each level: its likeliest prefixes
 
 
 # --- Data: pieces of histories, cut from the flat array of events (the same text in 02 and 05) ---
@@ -223,6 +225,15 @@ class Trie:
         child = torch.searchsorted(self.edges[l], edge)             # (...)
         # A code that is not allowed leads anywhere: its beam has the probability 0 already.
         return child.clamp(max=len(self.edges[l]) - 1)              # (...)
+
+    def prefix(self, l, node):
+        """The l codes that lead to a node of level l, from the root on. (...) -> (..., l)"""
+        codes = []
+        for above in reversed(range(l)):
+            edge = self.edges[above][node]                          # (...)
+            codes.append(edge % self.K)
+            node = edge // self.K                                   # (...)
+        return torch.stack(codes[::-1], -1)                         # (..., l)
 
 
 # Why bits: `allowed` has a byte for each yes or no. A million items with K = 256 have about as many
@@ -922,11 +933,12 @@ class Cache:
 
 
 @torch.no_grad()
-def beam_search(model, trie, history, beam):
+def beam_search(model, trie, history, beam, trace=None):
     """The `beam` likeliest items after each history, best first; exact where beam >= N.
 
     history: items (B, T) -> items (B, beams), log-probabilities (B, beams): beams = `beam`, or K^L
     where that is less; item 0 and -inf where the catalogue has fewer items
+    trace: a list that is to get, of each level, the beams' nodes and log-probabilities; or None
     """
     B, T = history.shape
     device = history.device
@@ -963,6 +975,8 @@ def beam_search(model, trie, history, beam):
         token = model.target_level[l] + code                        # (B, beams)
         for cache in caches:
             cache.follow(parent)
+        if trace is not None:
+            trace.append((node, score))
 
     items = trie.leaf_item[node].masked_fill(score == -torch.inf, 0)  # (B, beams)
     return items, score
@@ -1011,6 +1025,34 @@ def recommend(model, trie, data, split, users, args):
         scores[rows, found:] = -torch.inf
     # Each process filled the rows of its own users, the rest are 0: the sum has all rows.
     return add_up(items), add_up(scores)
+
+
+def trace_searches(model, trie, data, args):
+    """What the search for the test event held, level by level, of the first n users.
+
+    -> codes int16 (n, L, beams, L), prefixes of each level, best first: -1 behind a prefix and
+    where there are fewer; log_p (n, L, beams), of the whole prefix: -inf where there are fewer
+    """
+    model.eval()
+    start, length = held_out_windows("test", data["offsets"], args.length)  # (U,) both
+    n = min(TRACED_USERS, len(start))
+    codes = torch.full((n, trie.L, TRACED_BEAMS, trie.L), -1, dtype=torch.int16)
+    log_p = torch.full((n, trie.L, TRACED_BEAMS), -torch.inf)       # (n, L, beams)
+    for rows in equal_length_batches(length[:n], RANKED_EVENTS):
+        T = int(length[rows[0]])
+        history = events_at(data, start[rows], T, args)             # (B, T)
+        levels = []
+        with autocast(args):
+            beam_search(model, trie, history, args.beam, levels)
+        for l, (node, score) in enumerate(levels):
+            node = node[:, :TRACED_BEAMS]                           # (B, beams)
+            score = score[:, :TRACED_BEAMS]                         # (B, beams)
+            found = node.shape[1]
+            prefix = trie.prefix(l + 1, node).short()               # (B, beams, l+1)
+            codes[rows, l, :found, :l + 1] = prefix.cpu()
+            log_p[rows, l, :found] = score.cpu()
+    codes[log_p == -torch.inf] = -1
+    return codes, log_p
 
 
 def progress(steps, title, args):
@@ -1373,6 +1415,7 @@ def write_recommendations(model, trie, state, run, data, args):
     seconds = {"train": state["seconds"], "predict": time.time() - began}
     peak = peak_memory(args.device)  # of training and of one ranking
     valid, _ = recommend(model, trie, data, "valid", everyone, args)  # (U, beam)
+    codes, log_p = trace_searches(model, trie, data, args)
 
     # What is needed to recommend: weights, tree, and the codes that histories show, in int16.
     tensors = [*model.parameters(), *trie.edges, *trie.allowed, trie.leaf_item, *model.tables()]
@@ -1388,6 +1431,7 @@ def write_recommendations(model, trie, state, run, data, args):
         "bytes": sum(tensor.nbytes for tensor in tensors) + bytes_of_codes,
         "peak_memory": peak,
         "options": vars(args),
+        "trace": {"target": args.target, "codes": codes, "log_p": log_p},
     }, f"predictions-{args.name}-s{args.seed}.pt")
 
 

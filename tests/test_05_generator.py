@@ -175,6 +175,57 @@ def test_a_beam_wider_than_the_catalogue_is_filled_with_nothing(parts):
     assert scores[0, N:].eq(-torch.inf).all()
 
 
+def test_the_prefix_of_a_node_is_that_of_every_item_below_it(parts):
+    _, codes, trie, _ = parts
+    for l in range(1, L):
+        assert torch.equal(trie.prefix(l, trie.path[1:, l]), codes[1:, :l])
+    assert torch.equal(trie.prefix(L, torch.arange(N)), codes[trie.leaf_item])
+
+
+def traced(parts, beam, U=12):
+    """What trace_searches writes down of some users, and their lists and scores."""
+    generator, _, trie, model = parts
+    data = shop_of(U)
+    args = argparse.Namespace(length=4, beam=beam, device="cpu", bf16=False, rank=0, world=1)
+    everyone = torch.arange(U)
+    return generator.trace_searches(model, trie, data, args), generator.recommend(model, trie, data, "test", everyone, args)
+
+
+def test_a_traced_prefix_is_as_likely_as_the_items_below_it_together(parts):
+    """Level by level the likeliest first, of a search that finds all items; the last level is the list itself."""
+    generator, codes, _, _ = parts
+    (prefixes, log_p), (items, scores) = traced(parts, beam=N)
+    assert prefixes.dtype == torch.int16 and prefixes.shape == (12, L, generator.TRACED_BEAMS, L)
+    assert torch.equal(prefixes[:, -1], codes[items[:, :generator.TRACED_BEAMS].long()].short())
+    assert torch.equal(log_p[:, -1], scores[:, :generator.TRACED_BEAMS])
+    for user in range(12):
+        p = torch.zeros(N + 1).index_add(0, items[user].long(), scores[user].exp())  # (N+1,)
+        for l in range(1, L + 1):
+            different, node = codes[1:, :l].unique(dim=0, return_inverse=True)
+            together = torch.zeros(len(different)).index_add(0, node, p[1:])
+            best, which = together.topk(min(generator.TRACED_BEAMS, len(different)))
+            found = len(best)
+            assert torch.allclose(log_p[user, l - 1, :found].exp(), best, atol=1e-5)
+            assert torch.equal(prefixes[user, l - 1, :found, :l], different[which].short())
+
+
+def test_where_the_tree_has_fewer_prefixes_the_trace_is_filled_with_nothing(parts):
+    """The tree has four first codes; behind a prefix of level l stands nothing either."""
+    (prefixes, log_p), _ = traced(parts, beam=N)
+    assert (prefixes[:, 0, :4, 0] >= 0).all() and (prefixes[:, 0, 4] == -1).all() and (log_p[:, 0, 4] == -torch.inf).all()
+    for l in range(L):
+        assert (prefixes[:, l, :, l + 1:] == -1).all()
+    (narrow, log_p), _ = traced(parts, beam=2)
+    assert (narrow[:, :, :2, 0] >= 0).all() and (narrow[:, :, 2:] == -1).all() and (log_p[:, :, 2:] == -torch.inf).all()
+
+
+def test_of_many_users_the_first_ones_are_traced(parts, monkeypatch):
+    monkeypatch.setattr(parts[0], "TRACED_USERS", 3)
+    (prefixes, log_p), (items, scores) = traced(parts, beam=N)
+    assert len(prefixes) == len(log_p) == 3
+    assert torch.allclose(log_p[:, -1, 0], scores[:3, 0], atol=1e-5)
+
+
 def test_one_pass_equals_every_prefix_alone(parts):
     """The encoder's mask at work: position t of the long pass is the short pass over t + 1 items."""
     _, _, _, model = parts

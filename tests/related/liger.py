@@ -91,9 +91,9 @@ def batch_losses(model, trie, events, args):
 
 
 @torch.no_grad()
-def beam_search(model, trie, history, beam):
+def beam_search(model, trie, history, beam, trace=None):
     """The candidates, by the cosine. -> items (B, beams), log p among all candidates (B, beams)"""
-    found, _ = plain.beam_search(model, trie, history, beam)            # (B, beams)
+    found, _ = plain.beam_search(model, trie, history, beam, trace)     # (B, beams)
     candidate = model.joins.repeat(len(found), 1).scatter(1, found, True)  # (B, N+1)
     candidate[:, 0] = False  # padding
     scores = model.cosines()[:, -1].masked_fill(~candidate, -torch.inf)  # (B, N+1)
