@@ -26,6 +26,11 @@ reads   data.pt, *_codes.pt; for pictures images.pt, sasrec.pt, generator-*.pt
           bytes         int                of parameters, codes and prefix tree
           peak_memory   int                bytes, at the most; of the GPU where one computes
           options       dict               the options of that run
+          trace         dict               what the search for `test` held, for the first n users;
+                                           target: str, the modality whose codes are searched
+                                           codes: int16 (n, L, beams, L), the likeliest prefixes
+                                           of each level, best first; -1 behind a prefix, for none
+                                           log_p: float32 (n, L, beams), of a prefix; -inf: none
 writes  results.md
         results.pt
           rows          dict               one a model: metrics, intervals, costs, seeds
@@ -35,6 +40,7 @@ writes  results.md
         curves.png, codes.png              loss and validation over time; use of the codebooks
         tree-MODALITY.png                  items that share level 1, and levels 1 and 2
         neighbours.png, histories.png      by RQ-DINO and pixels; five users' recommendations
+        one-item.png                       an item, its codes, and the search that finds it
 
 On the toy shop: 8 seconds, 0.3 GiB (2 cores of an AMD EPYC).
 """
@@ -551,6 +557,7 @@ def main(argv=None):
     draw_trees(run, trees, labels, data, images)
     draw_neighbours(run, trees, data, images, rng)
     draw_histories(run, models, data, images)
+    draw_one_item(run, models, trees, data, images)
 
 
 def read_predictions(run, data):
@@ -614,6 +621,7 @@ def measure(saved, data):
     top = saved["test"]                                             # (U, top)
     rank = rank_of(target, top)                                     # (U,)
     entry = {"seed": saved.get("seed", 0), "top": top, "gain": gains(rank)}
+    entry |= {"trace": saved.get("trace", {}), "made_from": saved.get("made_from", {})}
     entry |= shown_items(top, rank, target, data["train_counts"])
 
     # What a file does not say is no number here, and a dash in the tables.
@@ -1268,15 +1276,18 @@ def sheet(run, name, strips, data, images):
 
 def draw_item(canvas, x, y, item, data, images):
     """One item's picture, and below it the first words of its title."""
-    tile = Image.new("RGB", (64, 64), (GREY, GREY, GREY))
-    if data["has_image"][item]:
-        pixels = images[item].permute(1, 2, 0)                      # (S, S, 3)
-        tile = Image.fromarray(pixels.numpy())
-        tile = tile.resize((64, 64), Image.Resampling.LANCZOS)
-    canvas.paste(tile, (x, y))
+    canvas.paste(picture(item, 64, data, images), (x, y))
     title = cut(data["titles"][item] or data["item_ids"][item], 67, 11, 2)
     draw = ImageDraw.Draw(canvas)
     draw.text((x + 32, y + 68), title, "black", font(11), "ma", 2, "center")
+
+
+def picture(item, side, data, images):
+    """An item's picture, so many pixels wide and high; grey if it has none. -> Image"""
+    if not data["has_image"][item]:
+        return Image.new("RGB", (side, side), (GREY, GREY, GREY))
+    pixels = images[item].permute(1, 2, 0)                          # (S, S, 3)
+    return Image.fromarray(pixels.numpy()).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def most_bought(items, data):
@@ -1379,6 +1390,266 @@ def history_strips(models, data):
                 top = models[name][0]["top"][user, :10]             # (10,)
                 strips.append(Strip(name, top[top > 0].tolist(), target))
     return strips
+
+
+# --- One item, all the way through ---------------------------------------------------------------
+# A slide for a lecture: an item, its vectors, its codes, and the search that finds it for a user.
+# It is drawn twice as large as README shows it. All numbers are pixels.
+
+SLIDE = 1520        # width
+MARGIN = 24
+TILE = 58           # a picture, wide and high
+STEP = 62           # from one picture to the next
+ROW = 116           # a node of the tree: its prefix, and pictures of what lies under it
+MARK = "#d55e00"    # what is right
+RULE = ("{} those with the best place in {}'s list; of these those whose items all have a picture; "
+        "of these the one whose item has the most training events. (A condition that no user meets "
+        "is left out.)")
+
+
+def draw_one_item(run, models, trees, data, images):
+    """one-item.png: an item, its vectors and codes, and the search that finds it for a user."""
+    for name in ("lookahead", "mscgrec"):
+        for entry in models.get(name, []):
+            if fits(entry, run, trees):
+                draw_slide(run, name, entry, models, trees, Slide(data, images))
+                return
+    print("one-item.png is not drawn: no predictions of lookahead or mscgrec have the `trace` of a "
+          "search in the codes of this run")
+
+
+def fits(entry, run, trees):
+    """Have these predictions the trace of a search in codes of this run?"""
+    trace = entry["trace"]
+    if not isinstance(trace, dict) or str(trace.get("target")) not in trees:
+        return False
+    # Of several seeds one has the codes that lie in the run.
+    file = f"{trace['target']}_codes.pt"
+    now = run.made_from[file]
+    codes = trace.get("codes")                                      # (n, L, beams, L)
+    log_p = trace.get("log_p")                                      # (n, L, beams)
+    good = entry["made_from"].get(file, now) == now
+    good = good and torch.is_tensor(codes) and codes.ndim == 4 and torch.is_tensor(log_p)
+    good = good and codes.shape[1] == codes.shape[3] == trees[trace["target"]]["codes"].shape[1]
+    return good and codes.shape[:3] == log_p.shape and 0 < len(codes) <= len(entry["top"])
+
+
+def draw_slide(run, name, entry, models, trees, slide):
+    """Draws the item of one user. name, entry: of the generator"""
+    user, places, rule = pick_user(name, entry, models, slide.data)
+    item = targets(slide.data)[user].item()
+    print(f"one-item.png: user {user}, item {item}. {rule}")
+
+    trace = entry["trace"]
+    y = draw_buyers(slide, 8, item)
+    y = draw_vectors(slide, y, item, trees)
+    y = draw_search(slide, y, user, trace["codes"][user], trace["log_p"][user],
+                    trees[trace["target"]])
+    y = slide.heading(y, f"5  Place of the item in the list of recommendations: {places}")
+    slide.write(MARGIN, y, rule, SLIDE - 2 * MARGIN, lines=4)
+    with run.writing("one-item.png") as file:
+        slide.page.crop((0, 0, SLIDE, y + 100)).save(file, "PNG")
+
+
+def pick_user(name, entry, models, data):
+    """The user whose item is drawn. -> user, places of the item in lists, the rule; both in words
+
+    name, entry: of the generator
+    """
+    n = len(entry["trace"]["codes"])
+    target = targets(data)[:n].long()                               # (n,)
+    places = {name: rank_of(target, entry["top"][:n])}
+    for other in models.get("sasrec", []):
+        if other["seed"] == entry["seed"]:
+            places["sasrec"] = rank_of(target, other["top"][:n])    # (n,)
+
+    # Step by step fewer users are left; the rule says in words what is done.
+    users = torch.arange(n)                                         # (n,)
+    begin = f"Of the first {n:,} users"
+    if "sasrec" in places:
+        users = those(users, places["sasrec"] > 10)
+        begin += " those whose item is not in sasrec's first ten; of these"
+    users = those(users, places[name] == places[name][users].min())
+    pictured = [data["has_image"][events_of(user, data)].all() for user in range(n)]
+    users = those(users, torch.stack(pictured))
+    bought = data["train_counts"][target]                           # (n,)
+    user = users[bought[users].argmax()].item()
+
+    words = []
+    for model, place in places.items():
+        place = place[user].item()
+        words.append(f"{model} {place:.0f}" if place < math.inf else f"{model} none")
+    return user, ", ".join(words), RULE.format(begin, name)
+
+
+def those(users, good):
+    """The users for whom this holds; all of them if it holds for none. good: bool (n,)"""
+    kept = users[good[users]]                                       # (kept,)
+    return kept if len(kept) else users
+
+
+def events_of(user, data):
+    """All events of a user, the last one is to be found. -> (events,)"""
+    return data["events"][data["offsets"][user]:data["offsets"][user + 1]]
+
+
+def bought_after(item, data):
+    """What three users had bought last when they bought this item, in training. -> list of lists"""
+    rows = (data["events"] == item).nonzero()[:1000, 0]             # (n,)
+    users = torch.searchsorted(data["offsets"], rows, right=True) - 1  # (n,)
+    histories = []
+    for row, user in zip(rows.tolist(), users.tolist()):
+        begin = max(row - 5, data["offsets"][user].item())
+        end = data["offsets"][user + 1].item() - 2  # of training
+        if begin < row < end:
+            histories.append(data["events"][begin:row].tolist())
+    # Those with the most pictures say most.
+    histories.sort(key=lambda history: -data["has_image"][history].sum().item())
+    return histories[:3]
+
+
+class Slide:
+    """What is drawn on, and where the pictures of items come from. images: uint8 (N+1, 3, S, S)"""
+
+    def __init__(self, data, images):
+        self.data = data
+        self.images = images
+        # Higher than it can become; what is not needed is cut off in the end.
+        self.page = Image.new("RGB", (SLIDE, 3000), "white")
+        self.draw = ImageDraw.Draw(self.page)
+
+    def write(self, x, y, text, width=SLIDE, size=22, lines=1, anchor="la"):
+        """A text, cut to so many lines of this width. -> y of what follows"""
+        text = cut(text, width, size, lines)
+        self.draw.text((x, y), text, "black", font(size), anchor, 8)
+        return y + (size + 10) * (1 + text.count("\n"))
+
+    def heading(self, y, text):
+        """A line across the slide, and a text below. -> y of what follows"""
+        self.draw.line((MARGIN, y, SLIDE - MARGIN, y), "#a0a0a0", 2)
+        self.write(MARGIN, y + 12, text, size=28)
+        return y + 60
+
+    def tiles(self, x, y, items, side=TILE):
+        """Pictures side by side. -> x of what follows"""
+        for item in items:
+            self.page.paste(picture(item, side, self.data, self.images), (x, y))
+            x += side + STEP - TILE
+        return x
+
+    def then(self, x, y, items, item):
+        """Pictures of a history, an arrow, and the item that came next, framed."""
+        x = self.tiles(x, y, items)
+        middle = y + TILE // 2
+        self.draw.line((x + 8, middle, x + 40, middle), "black", 4)
+        self.draw.regular_polygon((x + 44, middle, 11), 3, 270, "black")
+        self.tiles(x + 68, y, [item])
+        self.draw.rectangle((x + 64, y - 4, x + 71 + TILE, y + TILE + 3), None, MARK, 5)
+
+    def node(self, x, y, width, tree, prefix, among, noun):
+        """A prefix, and some items whose codes begin so. among: bool (N+1,), those that count"""
+        same = (tree["codes"][:, :len(prefix)] == torch.tensor(prefix)).all(1)  # (N+1,)
+        items = most_bought((same & among).nonzero()[:, 0], self.data)  # (n,)
+        # Pictures say more than grey: items that have one come first.
+        grey = (~self.data["has_image"][items]).int()               # (n,)
+        room = width - 76  # beside the prefix a probability may stand, beside pictures a number
+        shown = items[grey.argsort(stable=True)][:room // STEP]     # (shown,)
+
+        self.write(x, y, ", ".join(map(str, prefix)), room)
+        after = self.tiles(x, y + 32, shown.tolist())
+        ending = "" if len(items) == 1 else "s"
+        self.write(after + 4, y + 34, f"{len(items):,} {noun}{ending}", 70, 20, 2)
+
+    def bars(self, x, y, vector):
+        """A bar for each coordinate, up or down from y. vector: (coordinates,)"""
+        most = vector.abs().max().clamp(min=1e-9)                   # ()
+        for up in (30 * vector / most).tolist():
+            self.draw.rectangle((x, y - max(up, 0), x + 6, y - min(up, 0)), "#1f3b5c")
+            x += 9
+
+
+def draw_buyers(slide, y, item):
+    """The item: picture, title, text, and who buys it after what. -> y of what follows"""
+    data = slide.data
+    y = slide.heading(y, "1  An item, and what was bought before it (training events)")
+    slide.tiles(MARGIN, y, [item], 216)
+    x = MARGIN + 240
+    title = data["titles"][item] or data["item_ids"][item]
+    below = slide.write(x, y, title, 700, 32, 2) + 8
+    below = slide.write(x, below, data["texts"][item], 700, lines=3) + 8
+    slide.write(x, below, f"bought {data['train_counts'][item]:,} times in training")
+    for i, history in enumerate(bought_after(item, data)):
+        left = SLIDE - MARGIN - 134 - STEP * len(history)
+        slide.then(left, y + 4 + 75 * i, history, item)
+    return y + 236
+
+
+def draw_vectors(slide, y, item, trees):
+    """The item's vectors, and its codes with the others that begin so. -> y of what follows"""
+    left = 350  # of the codes
+    y = slide.heading(y, "2  Its vectors")
+    slide.write(left, y - 48, "3  Its codes, level by level, and the others that begin so", size=28)
+    for name in ("image", "text", "collab"):
+        tree = trees.get(name)
+        if tree is None or not tree["known"][item]:
+            slide.write(MARGIN, y, f"{name}: the item has none")
+            y += ROW
+            continue
+        words = name
+        if "embeddings" in tree:
+            vector = tree["embeddings"][item]                       # (d,)
+            words += f": {len(vector[:32])} of {len(vector)} numbers"
+            slide.bars(MARGIN, y + 62, vector[:32])
+        slide.write(MARGIN, y, words)
+
+        others = tree["known"].clone()                              # (N+1,)
+        others[item] = False
+        code = tree["codes"][item].tolist()
+        room = (SLIDE - MARGIN - left) // len(code)
+        for l in range(len(code)):
+            slide.node(left + room * l, y, room - 14, tree, code[:l + 1], others, "other")
+        y += ROW
+    return y + 8
+
+
+def draw_search(slide, y, user, codes, log_p, tree):
+    """A user's history, and the likeliest prefixes of each level. -> y of what follows
+
+    codes: (L, beams, L), log_p: (L, beams), of the trace
+    """
+    *history, item = events_of(user, slide.data).tolist()
+    y = slide.heading(y, f"4  User {user}'s history, and the search: each level's likeliest "
+                         "prefixes, their probability, what begins so")
+    most = (SLIDE - 2 * MARGIN - 140) // STEP
+    slide.then(MARGIN, y + 4, history[-most:], item)
+    y += TILE + 30
+
+    L, beams, _ = codes.shape
+    right = tree["codes"][item].tolist()
+    everyone = torch.arange(len(tree["codes"])) > 0                 # (N+1,)
+    room = (SLIDE - 2 * MARGIN + 44) // L
+    width = room - 60
+    above = []  # the prefixes of the level before
+    for l in range(L):
+        x = MARGIN + 8 + room * l
+        prefixes = codes[l, :, :l + 1].tolist()
+        missing = "" if right[:l + 1] in prefixes else ": right one not here"
+        slide.write(x, y, f"level {l + 1}{missing}", room)
+        for i, prefix in enumerate(prefixes):
+            if log_p[l, i] == -torch.inf:  # the tree has fewer
+                continue
+            marked = prefix == right[:l + 1]
+            ink = MARK if marked else "#a0a0a0"
+            thick = 5 if marked else 2
+            top = y + 44 + ROW * i
+            slide.draw.rectangle((x - 10, top - 8, x + width + 10, top + 98), None, ink, thick)
+            slide.node(x, top, width, tree, prefix, everyone, "item")
+            slide.write(x + width, top, f"{log_p[l, i].exp():.1%}", anchor="ra")
+            if prefix[:l] in above:  # a line from what it continues
+                start = (x + width + 10 - room, y + 90 + ROW * above.index(prefix[:l]))
+                slide.draw.line((start, (x - 10, top + 46)), ink, thick)
+        above = prefixes
+    return y + 52 + ROW * beams
 
 
 # --- Files, stopped runs, several processes (the same text in every script that has it) ----------

@@ -596,11 +596,11 @@ def draws(script):
 
 def test_every_picture_of_the_docstring_is_drawn(smoke):
     run, _ = smoke
-    assert draws(evaluation) == {path.name for path in run.glob("*.png")} - {"items.png"} and len(draws(evaluation)) == 9
+    assert draws(evaluation) == {path.name for path in run.glob("*.png")} - {"items.png"} and len(draws(evaluation)) == 10
     for name in draws(evaluation):
         with Image.open(run / name) as picture:
             picture.load()
-            assert 600 <= picture.width <= 1400 and picture.height > 200
+            assert 600 <= picture.width <= 1520 and picture.height > 200
             assert len(picture.convert("L").getcolors()) > 20, f"{name} is empty"
 
 
@@ -610,7 +610,7 @@ def test_what_is_missing_is_not_drawn_but_said(tmp_path, capsys):
     results(run)
     said = capsys.readouterr().out
     assert {path.name for path in run.glob("*.png")} == {"recall.png", "rarity.png", "histories.png"}
-    assert all(f"{name} is not drawn" in said for name in ("curves.png", "codes.png", "neighbours.png"))
+    assert all(f"{name} is not drawn" in said for name in ("curves.png", "codes.png", "neighbours.png", "one-item.png"))
     with Image.open(run / "histories.png") as picture:
         assert picture.getpixel((112 + 30, 38 + 5)) == (208, 208, 208)
 
@@ -776,6 +776,113 @@ def test_a_bar_s_interval_holds_nothing_that_recall_cannot_be(monkeypatch):
                                   "other": {"mean": [0.25] * 5, "error": [0.125] * 5}})
     assert drawn[0].labels == ["sasrec", "other"]
     assert drawn[0].series[0].points == [(0, 0.5, 0, 1), (1, 0.25, 0.125, 0.375)]
+
+
+# --- One item -------------------------------------------------------------------------------------------------------
+def searched(run, targets, **other):
+    """A run whose item i has the codes (i // 9, i % 9), and lookahead's predictions with a trace: at the first level
+    the right prefix is the second one, at the last level it is the first."""
+    write_run(run, targets)
+    data = torch.load(run / "data.pt", weights_only=True)
+    torch.save(data | {"texts": [""] * (N + 1)}, run / "data.pt")
+    item = torch.arange(N + 1)
+    codes = torch.stack([item // 9, item % 9], 1).short()
+    torch.save({"codes": codes, "known": item > 0, "codebooks": torch.zeros(1, 9, 3),
+                "embeddings": torch.randn(N + 1, 3)}, run / "collab_codes.pt")
+    right = codes[torch.tensor(targets)]
+    trace = torch.full((len(targets), 2, 3, 2), -1, dtype=torch.int16)
+    trace[:, 0, 0, 0] = right[:, 0] + 1
+    trace[:, 0, 1, 0] = right[:, 0]
+    trace[:, 1, 0] = right
+    trace[:, 1, 1] = torch.stack([right[:, 0], (right[:, 1] + 1) % 9], 1)
+    log_p = torch.tensor([[0.6, 0.3, 0.0], [0.2, 0.1, 0.0]]).log().expand(len(targets), -1, -1).clone()
+    trace = {"target": "collab", "codes": trace, "log_p": log_p}
+    write_predictions(run, "lookahead", lists(targets, [1] * len(targets)), **{"trace": trace} | other)
+    return run
+
+
+def test_what_is_marked_is_on_the_path_of_the_item_s_code(tmp_path, capsys):
+    """Two levels: the second box of the first column, the first box of the second. A third box there is not."""
+    run = searched(tmp_path / "run", [4, 8])
+    results(run)
+    assert "one-item.png: user 1, item 8." in capsys.readouterr().out
+    with Image.open(run / "one-item.png") as picture:
+        assert picture.width == evaluation.SLIDE and len(picture.convert("L").getcolors()) > 20
+        orange, grey = (213, 94, 0), (160, 160, 160)
+        # A column of pixels that crosses the upper and the lower edge of each box of a level.
+        edges = []
+        for x in (150, 900):
+            column = [picture.getpixel((x, y)) for y in range(picture.height - 3 * evaluation.ROW - 180, picture.height)]
+            edges.append([now for before, now in zip(column, column[1:]) if now != before and now in (orange, grey)])
+    first, second = edges
+    assert first == [grey, grey, orange, orange, grey] and second == [orange, orange, grey, grey, grey]  # and a heading
+
+
+@pytest.mark.parametrize("trace", [{}, [], {"target": "collab"}, {"target": "text", "codes": 1},
+                                   {"target": "collab", "codes": torch.zeros(2, 3, 5, 3), "log_p": torch.zeros(2, 3, 5)},
+                                   {"target": "collab", "codes": torch.zeros(3, 2, 5, 2), "log_p": torch.zeros(3, 2, 5)},
+                                   {"target": "collab", "codes": torch.zeros(2, 2, 5, 2), "log_p": torch.zeros(2, 2)}])
+def test_a_run_without_a_trace_that_fits_ends_with_a_line_that_says_so(tmp_path, capsys, trace):
+    run = searched(tmp_path / "run", [4, 8], trace=trace)
+    results(run)
+    assert "one-item.png is not drawn: no predictions of lookahead or mscgrec have the `trace`" in capsys.readouterr().out
+    assert not (run / "one-item.png").exists()
+
+
+def test_of_several_seeds_the_one_with_the_codes_of_the_run_is_drawn(tmp_path, capsys):
+    """Seed 0's codes have been replaced since by those of seed 1."""
+    run = searched(tmp_path / "run", [4, 8], made_from={"collab_codes.pt": "of seed 0"})
+    results(run)
+    assert "one-item.png is not drawn" in capsys.readouterr().out
+    digest = hashlib.sha256((run / "collab_codes.pt").read_bytes()).hexdigest()
+    saved = torch.load(run / "predictions-lookahead-s0.pt", weights_only=True)
+    torch.save(saved | {"seed": 1, "made_from": {"collab_codes.pt": digest}}, run / "predictions-lookahead-s1.pt")
+    results(run)
+    assert (run / "one-item.png").exists()
+
+
+def user_of(targets, ranks, sasrec, pictures):
+    """The user whose item is drawn, where it is in the lists, the rule. Item i was bought i times; those of the users
+    in `pictures` have one."""
+    data = {"events": torch.tensor(targets), "offsets": torch.arange(len(targets) + 1),
+            "train_counts": torch.arange(N + 1), "has_image": torch.zeros(N + 1, dtype=torch.bool)}
+    data["has_image"][[targets[user] for user in pictures]] = True
+    trace = {"target": "collab", "codes": torch.zeros(len(targets), 2, 3, 2), "log_p": torch.zeros(len(targets), 2, 3)}
+    entry = {"seed": 0, "top": lists(targets, ranks), "trace": trace}
+    models = {"sasrec": [{"seed": 0, "top": lists(targets, sasrec)}]} if sasrec else {}
+    return evaluation.pick_user("lookahead", entry, models, data)
+
+
+def test_the_item_that_is_drawn_is_found_by_the_rule_that_is_printed():
+    """Step by step: sasrec misses the last four, of these three have the best place 2, two a picture, one more events."""
+    user, places, rule = user_of([30, 5, 6, 7, 9], [1, 3, 2, 2, 2], [10, None, 11, 12, None], [0, 1, 2, 3])
+    assert user == 3 and places == "lookahead 2, sasrec 12"
+    assert "not in sasrec's first ten" in rule and "best place in lookahead's list" in rule
+    user, places, _ = user_of([30, 5, 6], [1, 1, None], [1, 1, None], [])  # conditions that none meets, but the first
+    assert user == 2 and places == "lookahead none, sasrec none"
+    user, places, rule = user_of([30, 5, 6], [2, 1, None], None, [0, 2])
+    assert user == 1 and places == "lookahead 1" and "sasrec" not in rule
+
+
+def test_who_bought_it_after_what_is_of_training_alone():
+    """Item 9 is bought first, in the middle, last of training, for validation and for the test."""
+    histories = [[9, 1, 2, 3], [1, 2, 9, 3, 4], [1, 2, 3, 4, 5, 6, 9, 7, 8], [1, 2, 9, 3], [1, 2, 3, 9]]
+    data = shop_of(histories) | {"has_image": torch.arange(N + 1) > 2}
+    assert evaluation.bought_after(9, data) == [[2, 3, 4, 5, 6], [1, 2]]
+
+
+def test_of_the_items_that_begin_so_those_with_a_picture_come_first_then_the_most_bought(monkeypatch):
+    tree = {"codes": torch.tensor([[1, 0], [1, 0], [1, 1], [2, 0], [1, 2], [1, 3]])}
+    data = {"has_image": torch.tensor([False, True, True, True, False, True]), "train_counts": torch.arange(6)}
+    among = torch.tensor([False, True, True, True, True, True])
+    slide = evaluation.Slide(data, torch.zeros(6, 3, 8, 8, dtype=torch.uint8))
+    drawn = []
+    monkeypatch.setattr(slide, "tiles", lambda x, y, items: drawn.append(items) or x)
+    monkeypatch.setattr(slide, "write", lambda x, y, text, *other: drawn.append(text))
+    slide.node(0, 0, 400, tree, [1], among, "item")
+    slide.node(0, 0, 400, tree, [1, 0], among, "item")
+    slide.node(0, 0, 76 + 2 * evaluation.STEP, tree, [1], among, "other")
+    assert drawn == ["1", [5, 2, 1, 4], "4 items", "1, 0", [1], "1 item", "1", [5, 2], "4 others"]
 
 
 # --- Files, consoles, notebooks ---------------------------------------------------------------------------------------
