@@ -3,11 +3,15 @@
     python tests/bench.py                       # everything but the long ones: minutes
     python tests/bench.py training beam         # some parts
     python tests/bench.py quality scale         # the long ones, by name: hours, half an hour
+    python tests/bench.py gpu                   # by name, on a machine with a CUDA GPU: at most eight minutes
+    python tests/bench.py gpu --device cpu --smoke    # the same where there is none: does the command work?
 
 Peers are installed by hand (pip install transformers faiss-cpu pandas recbole torchvision); those that are no
 package are looked for in folders of $PEERS: dino (facebookresearch/dino), SASRec.pytorch (pmixer/SASRec.pytorch).
 A missing one is named and skipped. Times are those of the wall clock, the best of a few runs after one uncounted, if
 nothing else is said; `quality` counts the processor's seconds (OMP_NUM_THREADS=1), `data` and `scale` run once.
+`gpu` needs no data and no peer: it prints what one card does in the steps of 02, 03 and 05, beside what it does in
+products of matrices, how much memory they take, and how far its answers are from those of the CPU.
 
 letters  B users in a batch, T items of history, D modalities, L codes of an item in one modality, K values of a code,
          M = D * L tokens of an item, N items, U users, E width of a model, H heads, S side of a picture, W windows cut
@@ -17,6 +21,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import gc
 import gzip
 import importlib.util
 import io
@@ -32,7 +37,7 @@ import tempfile
 import time
 import types
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -65,15 +70,23 @@ def compared(what, ours, peer, unit="", asked="", form=",.0f", missing="not inst
     return Row(what, f"{ours:{form}}{unit}", f"{peer:{form}}", f"{ours / peer:.1f} x", asked)
 
 
-def best(work, runs):
-    """Seconds of the fastest of some runs, after one that warms up."""
+def best(work, runs, device="cpu", at_most=math.inf):
+    """Seconds of the fastest of some runs, after one that warms up. at_most: seconds, then no run is begun any more"""
     work()
     seconds = []
-    for _ in range(runs):
+    while len(seconds) < runs and sum(seconds) < at_most:
+        finish(device)
         began = time.perf_counter()
         work()
+        finish(device)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
+
+
+def finish(device):
+    """A GPU is told what to do, and does it later: waits until it is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def dataset(folder, name, *options):
@@ -146,27 +159,28 @@ def some_generator(five, N):
     return model, trie
 
 
-def matmul_rate(dtype):
-    """GFLOPS of 1,024 x 1,024 matrix products, the best of 5 runs of 20: what this machine can do."""
-    a = torch.randn(1024, 1024).to(dtype)
+def matmul_rate(dtype, side=1024, device="cpu"):
+    """GFLOPS of side x side matrix products, the best of 5 runs of 20: what this machine can do."""
+    a = torch.randn(side, side, device=device).to(dtype)                # (side, side)
 
     def twenty_products():
         for _ in range(20):
             a @ a
 
-    operations = 20 * 2 * 1024 ** 3  # a product has 1024^3 multiplications and as many additions
-    return operations / best(twenty_products, 5) / 1e9
+    operations = 20 * 2 * side ** 3  # a product has side^3 multiplications and as many additions
+    return operations / best(twenty_products, 5, device) / 1e9
 
 
-def multiply_adds(T):
+def multiply_adds(T, shape=SHAPE, slots=M):
     """Of one history of T items on its way forward through the model, counted from the shapes.
 
     The masked half of attention is counted as well, as it is computed; softmax, norms, ReLU and dropout are not.
+    slots: tokens of an item of history
     """
-    E = SHAPE["width"]
-    inner = SHAPE["inner"]
-    wide = SHAPE["heads"] * SHAPE["head"]  # queries, keys or values of all heads
-    tokens = T * M                         # that the encoder reads
+    E = shape["width"]
+    inner = shape["inner"]
+    wide = shape["heads"] * shape["head"]  # queries, keys or values of all heads
+    tokens = T * slots                     # that the encoder reads
     codes = T * L                          # that the decoder writes: an item after each place
 
     # A layer of the encoder. Each token has a query, key, value and output, and a feed-forward layer of two matrices;
@@ -186,7 +200,7 @@ def multiply_adds(T):
     decoder = projections + memory + feed_forward + self_attention + cross_attention
 
     scores = codes * E * K
-    return SHAPE["layers"] * (encoder + decoder) + scores
+    return shape["layers"] * (encoder + decoder) + scores
 
 
 def bench_training(N=10_000):
@@ -284,23 +298,24 @@ def hf_t5():
     return T5ForConditionalGeneration(config)
 
 
-def hf_t5_training_speed(bf16):
+def hf_t5_training_speed(bf16, device="cpu", batch=32):
     """Targets a second: it learns one item after each history, as its public trainers do. -> float, or None"""
     model = hf_t5()
     if model is None:
         return None
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters())
-    history = torch.randint(2, M * K, (32, T * M))                      # (B, T * M)
-    written = torch.randint(2, M * K, (32, L + 1))                      # (B, L+1), and the end of the sequence
+    history = torch.randint(2, M * K, (batch, T * M), device=device)    # (B, T * M)
+    written = torch.randint(2, M * K, (batch, L + 1), device=device)    # (B, L+1), and the end of the sequence
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = model(input_ids=history, attention_mask=torch.ones_like(history), labels=written).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return 32 / best(step, 3)
+    return batch / best(step, 3, device)
 
 
 def keep_freed_memory():
@@ -341,13 +356,16 @@ def bench_beam(N=10_000):
     ]
 
 
-def hf_beam_speed(codes, bf16):
-    """Users a second of HF `generate`. codes: (N+1, L) -> float, or None"""
+def hf_beam_speed(codes, bf16, device="cpu", users=8):
+    """Users a second of HF `generate`. codes: (N+1, L), users: at once; on a CPU 8 are faster for it than 16
+
+    -> float, or None
+    """
     model = hf_t5()
     if model is None:
         return None
-    model.eval()
-    history = torch.randint(2, M * K, (8, T * M))  # (B, T * M); 8 at once are faster for it than 16
+    model.to(device).eval()
+    history = torch.randint(2, M * K, (users, T * M), device=device)    # (B, T * M)
     follows = tokens_by_prefix(codes)
 
     def allowed(_, written):
@@ -355,7 +373,7 @@ def hf_beam_speed(codes, bf16):
 
     @torch.no_grad()
     def generate():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             model.generate(
                 input_ids=history,
                 attention_mask=torch.ones_like(history),
@@ -365,7 +383,7 @@ def hf_beam_speed(codes, bf16):
                 prefix_allowed_tokens_fn=allowed,
             )
 
-    return 8 / best(generate, 2)
+    return users / best(generate, 2, device)
 
 
 def tokens_by_prefix(codes):
@@ -1235,6 +1253,574 @@ def bench_scale(scripts=(1, 2, 3, 4, 5, 6), steps=50):
     return rows
 
 
+# --- 02, 03, 05: on a GPU ---------------------------------------------------------------------------------------------
+# One command for whoever has a card. What is timed are the scripts' own steps and their own search, on random events:
+# how long a step takes depends on shapes, not on what the numbers mean. What does not fit into the card's memory, or
+# into the seconds of its part, is a row that says so.
+
+
+class Sizes(NamedTuple):
+    """What is measured on a GPU."""
+    side: int        # of the matrices whose products are the peak
+    N: int           # a small catalogue: 02 has a softmax over all items
+    many: int        # a large one: 02 samples
+    shapes: dict     # of 05, by name; the last is that of the check and of the search
+    targets: tuple   # in a step of 02 and 05
+    users: tuple     # searched at once; the first also in the check
+    pictures: tuple  # in a step of 03
+    vit: dict        # of 03
+    pairs: tuple     # of a history and its target, in a step of HF's T5
+    generated: tuple  # users at once in HF's search
+    seconds: float   # of a size, after which no more runs are begun
+
+
+FULL = Sizes(
+    side=8192,
+    N=10_000,
+    many=400_000,
+    shapes={
+        "E 64": {"width": 64, "heads": 4, "head": 16, "inner": 256, "layers": 4, "dropout": 0.1},
+        "E 128": SHAPE,
+    },
+    targets=(128, 1024, 4096, 16_384),
+    users=(16, 64, 256, 1024),
+    pictures=(16, 64, 128, 256),
+    vit={"size": 224, "patch": 16, "E": 384, "depth": 12},  # ViT-S/16
+    pairs=(32, 256, 1024),
+    generated=(8, 64),
+    seconds=1.0,
+)
+SMOKE = Sizes(
+    side=256,
+    N=500,
+    many=60_000,
+    shapes={
+        "E 8": {"width": 8, "heads": 2, "head": 8, "inner": 16, "layers": 1, "dropout": 0.1},
+        "E 16": {"width": 16, "heads": 2, "head": 8, "inner": 32, "layers": 1, "dropout": 0.1},
+    },
+    targets=(40, 80),
+    users=(2, 4),
+    pictures=(2, 4),
+    vit={"size": 32, "patch": 16, "E": 48, "depth": 2},
+    pairs=(2,),
+    generated=(1,),
+    seconds=0.2,
+)
+LOCAL_CROPS = 8
+STEPS = 4  # timed together, so that the card need not wait for Python after each
+
+# The paper's scale is the shop that `scale` makes, after its 5-core.
+PAPER_ITEMS = 400_000
+PAPER_USERS = 697_797
+PAPER_EVENTS = 6_460_258
+PAPER_TARGETS = PAPER_EVENTS - 3 * PAPER_USERS  # an epoch; no targets are a user's first event and the last two
+
+
+class Machine(NamedTuple):
+    """Where it is measured."""
+    device: str
+    peak: float  # operations a second in products of matrices
+    sizes: Sizes
+
+
+class Fact(NamedTuple):
+    """A line of the table of the machine."""
+    what: str
+    value: str
+
+
+class Agreement(NamedTuple):
+    """A line of the table of the CPU against the GPU."""
+    what: str
+    largest_difference: str
+    asked: str
+
+
+class Speed(NamedTuple):
+    """A line of the table of speeds."""
+    what: str
+    batch: str
+    speed: str
+    precision: str = ""
+    TFLOPS: str = ""
+    share_of_peak: str = ""
+    peak_GiB: str = ""
+    hours_at_paper_scale: str = ""
+
+
+class Work(NamedTuple):
+    """Something that is timed at several sizes."""
+    rate: Callable         # of a size -> how many units a second
+    unit: str
+    bf16: bool
+    operations: float = 0  # of a unit, as far as they are counted
+    training: float = 0    # units of a whole training at the paper's scale
+
+
+def bench_gpu(device="cuda", smoke=False):
+    """Yields rows and lines while they are measured, which takes at most eight minutes on a GPU."""
+    began = time.perf_counter()
+    sizes = SMOKE if smoke else FULL
+    bf16 = matmul_rate(torch.bfloat16, sizes.side, device)
+    fp32 = matmul_rate(torch.float32, sizes.side, device)
+    peak = 1e9 * max(bf16, fp32)  # bf16, but on some CPUs
+    machine = Machine(device, peak, sizes)
+    yield Fact("device", device_name(device))
+    yield Fact("torch, CUDA", f"{torch.__version__}, {torch.version.cuda}")
+    yield Fact(f"peak: products of {sizes.side:,} x {sizes.side:,} matrices in bf16", f"{bf16 / 1e3:.2f} TFLOPS")
+    yield Fact("the same in fp32", f"{fp32 / 1e3:.2f} TFLOPS")
+
+    yield "The same weights and fp32 (no TF32) on the CPU and on the device; asked: 1e-4 at most."
+    yield from check_rows(machine, began + 40)
+
+    yield (f"Hours: of training alone, on this device, of {PAPER_ITEMS:,} items with a picture each, {PAPER_USERS:,} "
+           f"users and {PAPER_EVENTS:,} events (the shop of `scale`), so {PAPER_TARGETS:,} targets an epoch, with the "
+           "scripts' default epochs.")
+    yield ("Operations: of products of matrices, twice their multiply-adds; training has three times those of the way "
+           "forward. Not counted: tables of items that AdamW changes in every step; with --lookahead, the projection "
+           "of all items' vectors, once a step.")
+    yield (f"Batch: targets (whole histories of {T}, so 128 are 120), users, pictures, pairs. Peak GiB: what "
+           "PyTorch held at most, of model, optimizer and step. In 02 bf16 is for the scores of items alone.")
+    # The seconds of each; what it has begun by then is measured still.
+    parts = [
+        (generator_rows, 120),
+        (sasrec_rows, 30),
+        (beam_rows, 70),
+        (dino_rows, 30),
+        (hf_rows, 50),
+    ]
+    for part, seconds in parts:
+        yield from part(machine, time.perf_counter() + seconds)
+    yield f"all in all {time.perf_counter() - began:.0f} s; asked: at most 480"
+
+
+def device_name(device):
+    """What it is called, and how much memory it has."""
+    if device == "cpu":
+        return "cpu"
+    card = torch.cuda.get_device_properties(0)
+    return f"{card.name}, {card.total_memory / 2 ** 30:.0f} GiB"
+
+
+def speeds(machine, until, what, sizes, begin):
+    """A row for each size. begin: makes the model -> Work; until: the time from which nothing more is begun"""
+    over = "not measured: the seconds of its part are over"
+    if time.perf_counter() > until:
+        yield Speed(what, "all", over)
+        return
+    forget(machine.device)
+    work = attempt(begin)
+    if isinstance(work, str):
+        yield Speed(what, "all", work)
+        return
+    for size in sizes:
+        if time.perf_counter() > until:
+            yield Speed(what, f"{size:,}", over)
+        else:
+            yield speed_at(machine, what, size, work)
+
+
+def speed_at(machine, what, size, work):
+    """The row of one size."""
+    precision = "bf16" if work.bf16 else "fp32"
+    forget(machine.device)
+    rate = attempt(functools.partial(work.rate, size))
+    if isinstance(rate, str):
+        return Speed(what, f"{size:,}", rate, precision)
+    form = ",.0f" if rate >= 100 else ",.1f"
+    row = Speed(what, f"{size:,}", f"{rate:{form}} {work.unit}/s", precision)
+    if work.operations:
+        flops = work.operations * rate
+        row = row._replace(TFLOPS=f"{flops / 1e12:.3g}", share_of_peak=f"{flops / machine.peak:.1%}")
+    if work.training:
+        row = row._replace(hours_at_paper_scale=f"{work.training / rate / 3600:,.1f}")
+    if machine.device == "cuda":
+        row = row._replace(peak_GiB=f"{torch.cuda.max_memory_allocated() / 2 ** 30:.2f}")
+    return row
+
+
+def attempt(work):
+    """What it returns, or, as a str, why it could not be done: too little memory, say."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:100]
+
+
+def forget(device):
+    """Gives back the memory of what was measured before, and counts the peak anew."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def best_step(machine, step):
+    """Seconds of a step, the best of 5 times STEPS steps in a row, or of fewer where they take long."""
+
+    def steps():
+        for _ in range(STEPS):
+            step()
+
+    return best(steps, 5, machine.device, at_most=machine.sizes.seconds) / STEPS
+
+
+def options_of(module, device, *line):
+    """The options of a script as its command line gives them, in a single process."""
+    args = module.options([str(part) for part in ("--device", device, *line)])
+    args.rank = 0
+    args.world = 1
+    return args
+
+
+def random_shop(N, U=1000):
+    """What data.pt holds of U users with full-length histories: T + 1 random events, and two that are held out."""
+    events = T + 3
+    counts = torch.ones(N + 1)                                          # (N+1,)
+    counts[0] = 0
+    return {
+        "events": torch.randint(1, N + 1, (U * events,), dtype=torch.int32),
+        "offsets": events * torch.arange(U + 1),
+        "item_ids": [""] * (N + 1),
+        "user_ids": [""] * U,
+        "train_counts": counts,
+    }
+
+
+def random_events(N, batch, device):
+    """Full-length histories with that many targets, or with a few less. -> (B, T+1)"""
+    return torch.randint(1, N + 1, (max(1, batch // T), T + 1), device=device)
+
+
+# 05 on a GPU
+
+
+class Five(NamedTuple):
+    """What 05 needs for its steps."""
+    module: types.ModuleType
+    args: argparse.Namespace
+    data: dict
+    trie: object
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def generator_on(device, N, shape, *options):
+    """05 with its own options and its own build, on a random shop. -> Five"""
+    five = script(5)
+    line = list(options)
+    for name, value in shape.items():
+        line += [f"--{name}", value]
+    args = options_of(five, device, *line)
+    torch.manual_seed(0)
+    data = random_shop(N)
+    sources = random_sources(N)
+    for source in sources.values():
+        source["embeddings"] = torch.randn(N + 1, 64)                   # (N+1, d)
+    model, trie = five.build(sources, data, args)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=five.WEIGHT_DECAY, fused=True)
+    return Five(five, args, data, trie, model, optimizer)
+
+
+def generator_rows(machine, until):
+    """Steps of 05, plain and --lookahead."""
+    sizes = machine.sizes
+    for N in (sizes.many, sizes.N):
+        for name, shape in sizes.shapes.items():
+            for options in ((), ("--lookahead",)):
+                layers = shape["layers"]
+                what = " ".join(["05", *options]) + f", {name}, {layers} + {layers} layers, {N:,} items"
+                begin = functools.partial(generator_training, machine, N, shape, *options)
+                yield from speeds(machine, until, what, sizes.targets, begin)
+
+
+def generator_training(machine, N, shape, *options):
+    """train_step of 05. -> Work"""
+    five, args, _, trie, model, optimizer = generator_on(machine.device, N, shape, *options)
+    model.train()
+
+    def rate(batch):
+        args.batch = batch
+        events = random_events(N, batch, machine.device)                # (B, T+1)
+        seconds = best_step(machine, lambda: five.train_step(model, trie, optimizer, events, args))
+        return events[:, 1:].numel() / seconds
+
+    slots = D if args.lookahead else M
+    forward = multiply_adds(T, shape, slots) / T
+    if args.lookahead:
+        # At each level a question, and its products with all items that can lie under a node.
+        items = sum(beneath.item.shape[1] for beneath in model.beneath)
+        forward += shape["width"] * (L * shape["width"] + items)
+    training = args.epochs * PAPER_TARGETS if N == machine.sizes.many else 0
+    return Work(rate, "targets", args.bf16, 2 * 3 * forward, training)
+
+
+def beam_rows(machine, until):
+    """Beam searches of 05 on full-length histories; with --lookahead as after a training, which picks a trust."""
+    sizes = machine.sizes
+    name, shape = list(sizes.shapes.items())[-1]
+    for N in (sizes.N, sizes.many):
+        for options in ((), ("--lookahead",)):
+            what = " ".join(["beam 20, 05", *options]) + f", {name}, {N:,} items"
+            begin = functools.partial(generator_search, machine, N, shape, *options)
+            yield from speeds(machine, until, what, sizes.users, begin)
+
+
+def generator_search(machine, N, shape, *options):
+    """beam_search of 05. -> Work"""
+    five, args, _, trie, model, _ = generator_on(machine.device, N, shape, *options)
+    model.eval()
+    if args.lookahead:
+        model.trust.fill_(0.5)
+
+    def rate(users):
+        history = random_events(N, users * T, machine.device)[:, 1:]    # (B, T)
+
+        def search():
+            with five.autocast(args):
+                items, _ = five.beam_search(model, trie, history, 20)   # (B, 20)
+            return items.cpu()
+
+        return users / best(search, 5, machine.device, at_most=machine.sizes.seconds)
+
+    return Work(rate, "users", args.bf16)
+
+
+# 02 on a GPU
+
+
+class Two(NamedTuple):
+    """What 02 needs for its steps."""
+    module: types.ModuleType
+    args: argparse.Namespace
+    data: dict
+    log_q: torch.Tensor  # (N+1,), or None
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def sasrec_on(device, N, E, *options):
+    """02 with its own options and its own build, on a random shop. -> Two"""
+    two = script(2)
+    args = options_of(two, device, "--width", E, *options)
+    torch.manual_seed(0)
+    data = random_shop(N)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = two.build(None, data, args)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=two.WEIGHT_DECAY, fused=True)
+    log_q = None
+    if N > two.SAMPLED_FROM:
+        counts = data["train_counts"].to(device)                        # (N+1,)
+        log_q = (counts / counts.sum()).log()                           # (N+1,)
+    return Two(two, args, data, log_q, model, optimizer)
+
+
+def sasrec_rows(machine, until):
+    """Steps of 02."""
+    sizes = machine.sizes
+    for N in (sizes.many, sizes.N):
+        for shape in sizes.shapes.values():
+            E = shape["width"]
+            what = f"02, E {E}, {N:,} items"
+            begin = functools.partial(sasrec_training, machine, N, E)
+            yield from speeds(machine, until, what, sizes.targets, begin)
+
+
+def sasrec_training(machine, N, E):
+    """train_step of 02. -> Work"""
+    two, args, _, log_q, model, optimizer = sasrec_on(machine.device, N, E)
+    model.train()
+
+    def rate(batch):
+        args.batch = batch
+        events = random_events(N, batch, machine.device)                # (B, T+1)
+        seconds = best_step(machine, lambda: two.train_step(model, model, optimizer, args.lr, events, log_q, args))
+        return events[:, 1:].numel() / seconds
+
+    scored = N if log_q is None else 1 + two.NEGATIVES
+    training = args.epochs * PAPER_TARGETS if N == machine.sizes.many else 0
+    return Work(rate, "targets", args.bf16, 2 * 3 * sasrec_multiply_adds(args, scored), training)
+
+
+def sasrec_multiply_adds(args, scored):
+    """Of one target of 02 on its way forward, counted as in multiply_adds. scored: items in its softmax"""
+    E = args.width
+    projections = 4 * E * E  # query, key, value, output
+    feed_forward = 2 * E * 4 * E
+    attention = 2 * T * E    # a score for each place, and a part of the mean of the values
+    return args.layers * (projections + feed_forward + attention) + scored * E
+
+
+# 03 on a GPU
+
+
+def dino_rows(machine, until):
+    """Steps of 03 with a ViT that --init reads, as it would read the public weights."""
+    vit = machine.sizes.vit
+    what = (f"03, ViT {vit['E']} x {vit['depth']}, patches of {vit['patch']}, {vit['size']} px, "
+            f"2 + {LOCAL_CROPS} crops")
+    yield from speeds(machine, until, what, machine.sizes.pictures, functools.partial(dino_training, machine))
+
+
+def dino_training(machine):
+    """views_of and train_step of 03. -> Work"""
+    three = script(3)
+    vit = machine.sizes.vit
+    n = max(machine.sizes.pictures)
+    rng = torch.manual_seed(0)
+    images = torch.randint(256, (n + 1, 3, vit["size"], vit["size"]), dtype=torch.uint8)  # (N+1, 3, S, S)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(three.VisionTransformer(**vit).state_dict(), f"{folder}/vit.pth")
+        args = options_of(three, machine.device, "--init", f"{folder}/vit.pth", "--local-crops", LOCAL_CROPS)
+        student, teacher = three.build(images, torch.arange(1, n + 1), K, args, rng)
+    optimizer = three.make_optimizer(student)
+
+    def rate(batch):
+        pictures = torch.arange(1, batch + 1)                           # (B,)
+
+        def step():
+            views = three.views_of(pictures, images, 2 + LOCAL_CROPS, student.backbone, rng)
+            # Step 1 of 100, in the second epoch: all weights learn.
+            three.train_step(student, student, teacher, optimizer, views, batch, 1, 100, 1, rng)
+
+        return batch / best_step(machine, step)
+
+    return Work(rate, "pictures", args.bf16, training=args.epochs * PAPER_ITEMS)
+
+
+# HF's T5 on a GPU
+
+
+def hf_rows(machine, until):
+    """HF's T5 at SHAPE: training a pair at a time, and `generate` with a dictionary of prefixes."""
+    if hf_t5() is None:
+        yield "HF's T5: transformers is not installed"
+        return
+    sizes = machine.sizes
+    codes = unique_codes(sizes.N)                                       # (N+1, L)
+    precisions = [False]
+    if machine.device == "cuda":
+        precisions.append(True)
+    for bf16 in precisions:
+        train = functools.partial(hf_t5_training_speed, bf16, machine.device)
+        search = functools.partial(hf_beam_speed, codes, bf16, machine.device)
+        training = functools.partial(Work, train, "targets", bf16)
+        searching = functools.partial(Work, search, "users", bf16)
+        what = "HF T5 at the shape of E 128, pairs of a history and its target"
+        yield from speeds(machine, until, what, sizes.pairs, training)
+        yield from speeds(machine, until, "HF generate, 20 beams", sizes.generated, searching)
+
+
+# The same answers on a GPU as on a CPU?
+
+
+class Answers(NamedTuple):
+    """What a model says."""
+    losses: torch.Tensor  # (L,) or (), nats a target
+    items: torch.Tensor   # (n, 20)
+    scores: torch.Tensor  # (n, 20)
+    weights: dict         # that it says it with
+
+
+@contextlib.contextmanager
+def without_tf32():
+    """Products of fp32 matrices in fp32: a card may round them to 10 bits."""
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def check_rows(machine, until):
+    """Losses of a batch and recommendations, on the CPU and on the device."""
+    sizes = machine.sizes
+    shape = list(sizes.shapes.values())[-1]
+    n = sizes.users[0]
+    ways = {
+        "02": functools.partial(sasrec_answers, n, sizes.N, shape["width"]),
+        "05": functools.partial(generator_answers, n, sizes.N, shape, ()),
+        "05 --lookahead": functools.partial(generator_answers, n, sizes.N, shape, ("--lookahead",)),
+    }
+    for what, ask in ways.items():
+        if time.perf_counter() > until:
+            yield Agreement(what, "not measured: the seconds of its part are over", "")
+            continue
+        rows = attempt(functools.partial(agreement, what, ask, machine.device))
+        if isinstance(rows, str):
+            rows = [Agreement(what, rows, "<= 1e-4")]
+        yield from rows
+
+
+def agreement(what, ask, device):
+    """Trains some steps on the CPU, and brings the weights to the device. -> list of Agreement"""
+    cpu = ask("cpu", None)
+    there = ask(device, cpu.weights)
+    losses = (cpu.losses - there.losses).abs().max()                    # ()
+    scores = (cpu.scores - there.scores).abs().max()                    # ()
+    other = (cpu.items != there.items).sum()                            # ()
+    return [
+        Agreement(f"{what}: losses of a batch, nats a target", f"{losses:.1e}", "<= 1e-4"),
+        Agreement(f"{what}: scores of 20 items of {len(cpu.items)} users", f"{scores:.1e}", "<= 1e-4"),
+        Agreement(f"{what}: these items", f"{other} of {cpu.items.numel()} are others", "0, or equal scores"),
+    ]
+
+
+def sasrec_answers(n, N, E, device, weights):
+    """Of n users, by 02. weights: None: those after some steps -> Answers"""
+    two, args, data, log_q, model, optimizer = sasrec_on(device, N, E, "--precision", "fp32")
+    events = first_events(data, n, device)                              # (n, T+1)
+    with without_tf32():
+        if weights is None:
+            for _ in range(STEPS):
+                two.train_step(model, model, optimizer, args.lr, events, log_q, args)
+        else:
+            model.load_state_dict(weights)
+        model.eval()
+        with torch.no_grad():
+            loss = model.loss(model(events[:, :-1]), events, log_q, args)  # ()
+        items, scores = two.recommend(model, data, "test", torch.arange(n), T, 20)  # (n, 20) both
+    return Answers(loss.cpu() / (n * T), items, scores, on_cpu(model))
+
+
+def generator_answers(n, N, shape, options, device, weights):
+    """Of n users, by 05. weights: None: those after some steps -> Answers"""
+    five, args, data, trie, model, optimizer = generator_on(device, N, shape, "--precision", "fp32", *options)
+    events = first_events(data, n, device)                              # (n, T+1)
+    if args.lookahead:
+        model.trust.fill_(0.5)
+    with without_tf32():
+        if weights is None:
+            for _ in range(STEPS):
+                five.train_step(model, trie, optimizer, events, args)
+        else:
+            model.load_state_dict(weights)
+        model.eval()
+        args.masking = 0  # what is hidden is drawn by the device
+        with torch.no_grad():
+            losses = five.batch_losses(model, trie, events, args)       # (L,)
+        users = torch.arange(n)                                         # (n,)
+        items, scores = five.recommend(model, trie, data, "test", users, args)  # (n, 20) both
+    return Answers(losses.cpu() / (n * T), items, scores, on_cpu(model))
+
+
+def first_events(data, n, device):
+    """The events of training of the first n users. -> (n, T+1)"""
+    events = data["events"].view(-1, T + 3)                             # (U, T+3)
+    return events[:n, :-2].long().to(device)                            # (n, T+1)
+
+
+def on_cpu(model):
+    """Its weights, by name."""
+    return {name: weight.cpu() for name, weight in model.state_dict().items()}
+
+
 BENCHES = {
     "training": bench_training,
     "beam": bench_beam,
@@ -1246,28 +1832,53 @@ BENCHES = {
     "residual_kmeans": bench_residual_kmeans,
     "data": bench_data,
     "scale": bench_scale,
+    "gpu": bench_gpu,
 }
-LONG = ["quality", "scale"]
+BY_NAME = ["quality", "scale", "gpu"]  # they take long, or need a GPU
+
+
+def show(rows):
+    """Prints rows as they come, a table for each kind of them; a str is a line between two tables."""
+    kind = None
+    for row in rows:
+        if isinstance(row, str):
+            print(f"\n{row}", flush=True)
+        else:
+            if type(row) is not kind:
+                columns = [field.replace("_", " ") for field in row._fields]
+                print("\n| " + " | ".join(columns) + " |")
+                print("|---" * len(columns) + "|")
+            print("| " + " | ".join(row) + " |", flush=True)
+        kind = type(row)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="*", help=f"some of {', '.join(BENCHES)} (default: all but {', '.join(LONG)})")
-    chosen = parser.parse_args().part
+    parser.add_argument("part", nargs="*", help=f"some of {', '.join(BENCHES)} (default: all but {', '.join(BY_NAME)})")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of the part gpu")
+    parser.add_argument("--smoke", action="store_true", help="the part gpu with tiny sizes: does it work?")
+    args = parser.parse_args()
+    chosen = args.part
     unknown = [name for name in chosen if name not in BENCHES]
     if unknown:
         sys.exit(f"There is no {', '.join(unknown)}: choose from {', '.join(BENCHES)}.")
     if not chosen:
-        chosen = [name for name in BENCHES if name not in LONG]
+        chosen = [name for name in BENCHES if name not in BY_NAME]
+    if "gpu" in chosen and args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("No CUDA GPU is here. gpu --device cpu --smoke shows that the command works.")
+    if "gpu" in chosen and args.device == "cpu" and not args.smoke:
+        sys.exit("gpu --device cpu goes with --smoke: its sizes are for GPUs.")
 
     # Each in a process of its own: peers change torch, modules and the allocator for what follows.
     if len(chosen) > 1:
-        codes = [subprocess.run([sys.executable, __file__, name]).returncode for name in chosen]
+        options = ["--device", args.device] + ["--smoke"] * args.smoke
+        codes = [subprocess.run([sys.executable, __file__, name, *options]).returncode for name in chosen]
         sys.exit(1 if any(codes) else 0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| what | ours | peer | ratio | asked |\n|---|---|---|---|---|")
-    for row in BENCHES[chosen[0]]():
-        print("| " + " | ".join(row) + " |", flush=True)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if chosen == ["gpu"]:
+        show(bench_gpu(args.device, args.smoke))
+    else:
+        show(BENCHES[chosen[0]]())
 
 
 if __name__ == "__main__":
