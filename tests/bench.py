@@ -1665,7 +1665,7 @@ def dino_rows(machine, until):
 
 
 def dino_training(machine):
-    """views_of and train_step of 03. -> Work"""
+    """read_ahead, views_of and train_step of 03. -> Work"""
     three = script(3)
     vit = machine.sizes.vit
     n = max(machine.sizes.pictures)
@@ -1678,12 +1678,13 @@ def dino_training(machine):
     optimizer = three.make_optimizer(student)
 
     def rate(batch):
-        pictures = torch.arange(1, batch + 1)                           # (B,)
+        items = torch.arange(1, batch + 1)                              # (B,)
+        pictures = three.read_ahead([items] * 1000, images)  # more than are timed
 
         def step():
-            views = three.views_of(pictures, images, 2 + LOCAL_CROPS, student.backbone, rng)
+            views = three.views_of(next(pictures), batch, 2 + LOCAL_CROPS, student.backbone, rng)
             # Step 1 of 100, in the second epoch: all weights learn.
-            three.train_step(student, student, teacher, optimizer, views, batch, 1, 100, 1, rng)
+            three.train_step(student, student, teacher, optimizer, views, batch, 1, 100, 1)
 
         return batch / best_step(machine, step)
 
@@ -1785,7 +1786,7 @@ def sasrec_answers(n, N, E, device, weights):
         model.eval()
         with torch.no_grad():
             loss = model.loss(model(events[:, :-1]), events, log_q, args)  # ()
-        items, scores = two.recommend(model, data, "test", torch.arange(n), T, 20)  # (n, 20) both
+        items, scores = two.recommend(model, data, "test", torch.arange(n), 20, args)  # (n, 20) both
     return Answers(loss.cpu() / (n * T), items, scores, on_cpu(model))
 
 
