@@ -13,9 +13,9 @@
     python tests/questions.py memory --run runs/toy                      # what SASRec's vectors learnt by heart
     python tests/questions.py growth                                     # costs by the size of the catalogue
 
-A run holds the codes of one seed at a time: `hole`, `lost` and `missing` speak of the seed that was run last, and a generator
-whose codes were replaced since is refused. What a table needs and is there already (predictions-NAME-sSEED.pt) is not
-trained again.
+A run holds the codes of one seed at a time: `hole`, `lost` and `missing` speak of the seed that was run last, and a
+generator whose codes were replaced since is refused. What a table needs and is there already
+(predictions-NAME-sSEED.pt) is not trained again.
 
 letters  B users in a batch, T items of history, L codes of an item in one modality, K values of a code, N items,
          U users, E width of a model, S side of a picture, d width of a vector that is cut into codes, n items of a toy

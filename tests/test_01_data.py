@@ -501,7 +501,10 @@ def test_an_interrupted_run_leaves_nothing_half_and_the_next_one_is_the_same(tmp
 
 def test_control_c_ends_in_a_sentence(tmp_path):
     slow = command(1, "--run", tmp_path / "run", "--image-size", 200)
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is deaf to it otherwise
+
+    def heard():  # a job in the background is deaf to it otherwise
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     child = subprocess.Popen(slow, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heard,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
     while child.poll() is None and not (tmp_path / "run").exists():  # it draws pictures from then on
@@ -513,7 +516,9 @@ def test_control_c_ends_in_a_sentence(tmp_path):
 
 
 def test_a_full_disk_and_a_run_that_is_a_file_end_in_a_sentence(tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
     assert "too large" in one_sentence(faults.start(1, "--run", tmp_path / "run", "--smoke", preexec_fn=limit))
     assert not list((tmp_path / "run").iterdir())
     (tmp_path / "file").touch()

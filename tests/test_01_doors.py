@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from conftest import SCRIPTS
-from test_01_data import data_script, dense, has_picture, histories, jpeg, lost_pictures, one_sentence, read, run
+from test_01_data import data_script, has_picture, histories, jpeg, lost_pictures, one_sentence, read, run
 
 CASES = SCRIPTS[0].parent.parent / "shared" / "cases"
 USERS = 25
@@ -242,12 +242,13 @@ def test_a_parent_asin_that_is_null_falls_back_on_asin_and_an_id_may_be_a_whole_
 
 # --- Times ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("written", [
-    lambda t: t, lambda t: 1000 * t, lambda t: 10 ** 6 * t, lambda t: 10 ** 9 * t, lambda t: t / 10, lambda t: t - START,
-    lambda t: np.datetime64(t, "s"), lambda t: str(np.datetime64(t, "s")).replace("T", " "),
+    lambda t: t, lambda t: 1000 * t, lambda t: 10 ** 6 * t, lambda t: 10 ** 9 * t, lambda t: t / 10,
+    lambda t: t - START, lambda t: np.datetime64(t, "s"), lambda t: str(np.datetime64(t, "s")).replace("T", " "),
     lambda t: f"{np.datetime64(t, 's')}+00:00", lambda t: f"{np.datetime64(t, 's')}Z",
     lambda t: str(np.datetime64(t, "s")).replace("T", " ") + " UTC",
     lambda t: re.sub(r"\D", "", str(np.datetime64(t, "s"))), lambda t: np.datetime64(t - START, "D"),
-], ids=["s", "ms", "us", "ns", "fractions", "ranks", "T", "blank", "zone", "Z", "UTC", "YYYYMMDDhhmmss", "days of 1970"])
+], ids=["s", "ms", "us", "ns", "fractions", "ranks", "T", "blank", "zone", "Z", "UTC", "YYYYMMDDhhmmss",
+        "days of 1970"])
 def test_times_are_understood_in_any_usual_form(tmp_path, written):
     folder = two_tables(tmp_path / "folder", time=lambda u, i: written(START + 55 * (i * (u + 1) % 7)))
     run(tmp_path / "run", "--dataset", folder, "--image-size", 8)

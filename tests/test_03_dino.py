@@ -12,6 +12,7 @@ import subprocess
 
 import pytest
 import torch
+
 from conftest import command, script
 
 dino = script(3)
@@ -176,7 +177,7 @@ def test_codebooks_follow_their_members_and_dead_codes_restart():
     assert quantiser.codebooks[0, :2].flatten().tolist() == [1, 12]
     assert quantiser.codebooks[0, 2] in z, "99 had no member, so it restarts at a vector of the batch"
     far = dino.ResidualQuantiser(torch.tensor([[0.0, 99]]).view(1, 2, 1).repeat(3, 1, 1))
-    for step in range(100):
+    for _ in range(100):
         far.update(z)
     assert far.codebooks[0].max() < 20
 
@@ -369,7 +370,7 @@ def test_a_share_of_a_batch_has_the_views_that_it_has_in_the_whole(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     whole, after = dino.views_of(images[batch], 5, 5, vit, rng), rng.get_state()
     for rank in range(2):
-        monkeypatch.setattr(dino, "my_share", lambda: slice(rank, None, 2))
+        monkeypatch.setattr(dino, "my_share", lambda rank=rank: slice(rank, None, 2))
         share = dino.views_of(next(dino.read_ahead([batch], images)), 5, 5, vit, rng.manual_seed(0))
         assert [view.shape[:2] for view in share] == [(2, 3 - rank), (3, 3 - rank)]
         for view, of_whole in zip(share, whole):

@@ -16,9 +16,10 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, command, script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from conftest import SCRIPTS, command, script
 
 text = script(4)
 

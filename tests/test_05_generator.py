@@ -11,8 +11,9 @@ import threading
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, SCRIPTS, run_script
 from PIL import Image
+
+from conftest import ROOT, SCRIPTS, run_script
 
 N, K, L, D, T = 60, 8, 4, 2, 5
 INPUTS = ("data.pt", "images.pt", "image_codes.pt", "text_codes.pt", "collab_codes.pt")
@@ -312,7 +313,7 @@ def test_token_embeddings_start_as_their_centroids(scripts):
 # --- Looking ahead --------------------------------------------------------------------------------------------------
 @pytest.fixture()
 def ahead(scripts):
-    """A Lookahead, the codes that it writes, and its sources: modality a, which is written, b, and c, which is shrunk."""
+    """A Lookahead, the codes it writes, and its sources: modality a, which is written, b, and c, which is shrunk."""
     generator = scripts[5]
     torch.manual_seed(1)
     every = torch.tensor(list(itertools.product(range(K), repeat=L)))
@@ -416,7 +417,7 @@ def test_looking_ahead_a_history_has_one_token_for_each_modality(ahead):
 
 
 def test_counts_are_for_the_search_alone(ahead):
-    """What training is about has been counted, too: n would tell it. So with any trust, training's scores are the same."""
+    """What training is about has been counted, too: n would tell it. With any trust, training's scores are the same."""
     _, _, model, _ = ahead
     history = torch.randint(1, N + 1, (2, T))
     assert model.carried(history).near is None  # nothing is trusted yet
@@ -762,7 +763,7 @@ def test_a_file_of_codes_that_is_none_gets_a_sentence(scripts, smoke, tmp_path, 
     assert not list(run.glob("generator*"))
 
 
-# --- The run: two in one process, several processes for one, stopped, in a thread --------------------------------------
+# --- The run: two in one process, several processes for one, stopped, in a thread -------------------------------------
 def test_two_runs_in_one_process_know_nothing_of_each_other(scripts, smoke, tmp_path):
     """As in a notebook: another shop is not refused, and each file names its own sources."""
     run = links(smoke, tmp_path / "run")
@@ -815,8 +816,8 @@ def test_a_run_that_several_processes_began_is_not_gone_on_with_by_one(scripts, 
 def test_without_the_module_resource_it_runs_and_knows_no_peak_memory(smoke, tmp_path):
     """As on Windows."""
     run = links(smoke, tmp_path / "run")
-    program = (f"import sys, runpy; sys.modules['resource'] = None; sys.argv = ['05', '--run', {str(run)!r}, '--smoke', "
-               f"'--device', 'cpu']; runpy.run_path({str(SCRIPTS[4])!r}, run_name='__main__')")
+    program = (f"import sys, runpy; sys.modules['resource'] = None; sys.argv = ['05', '--run', {str(run)!r}, "
+               f"'--smoke', '--device', 'cpu']; runpy.run_path({str(SCRIPTS[4])!r}, run_name='__main__')")
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     assert math.isnan(load(run / "predictions-mscgrec-s0.pt")["peak_memory"])

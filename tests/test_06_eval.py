@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, command, script
 from PIL import Image
+
+from conftest import SCRIPTS, command, script
 
 try:
     import resource
@@ -107,7 +108,10 @@ def test_mean_and_deviation_over_seeds(tmp_path):
 def test_interval_of_equal_models_holds_zero_and_of_a_better_one_does_not(tmp_path):
     rng = torch.Generator().manual_seed(0)
     targets = torch.randint(1, N + 1, (400,), generator=rng).tolist()
-    draw = lambda most: [r if r <= TOP else None for r in torch.randint(1, most, (400,), generator=rng).tolist()]
+
+    def draw(most):
+        return [r if r <= TOP else None for r in torch.randint(1, most, (400,), generator=rng).tolist()]
+
     run, same = write_run(tmp_path / "run", targets), lists(targets, draw(60))
     write_predictions(run, "sasrec", same)
     write_predictions(run, "twin", same)
@@ -313,7 +317,8 @@ def test_tables_of_codes(tmp_path):
     codes[30:, 1] = torch.arange(11)
     torch.save({"codebooks": torch.zeros(3, 16, 5), "known": known, "moved": 3, "codes": codes}, run / "text_codes.pt")
     saved, table = results(run)
-    assert saved["codes"]["text"]["used"] == [3 / 16, 11 / 16, 1 / 16, 1 / 16] and "interval" not in saved["rows"]["foreign"]
+    assert saved["codes"]["text"]["used"] == [3 / 16, 11 / 16, 1 / 16, 1 / 16]
+    assert "interval" not in saved["rows"]["foreign"]
     first = torch.tensor([10, 9, 11]) / 30
     assert saved["codes"]["text"]["perplexity"][0] == pytest.approx(float((-first * first.log()).sum().exp()))
     assert cells(table, "text") == [["text", "75%", "16", "19, 69, 6", "3, 4, 1, 1", "0, 37, 37", "11, 10, 10", "3"]]
@@ -349,7 +354,8 @@ def test_codes_from_anywhere_are_shown(tmp_path):
     (lambda saved: saved | {"codes": saved["codes"][1:]}, "other data")])
 def test_codes_that_fit_no_items_are_one_sentence(tmp_path, capsys, change, says):
     run = write_run(tmp_path / "run", [4, 8])
-    saved = {"codes": torch.zeros(N + 1, 4).short(), "known": torch.arange(N + 1) > 0, "codebooks": torch.zeros(3, 8, 2)}
+    saved = {"codes": torch.zeros(N + 1, 4).short(), "known": torch.arange(N + 1) > 0,
+             "codebooks": torch.zeros(3, 8, 2)}
     torch.save(change(saved), run / "text_codes.pt")
     said = refused(capsys, run)
     assert says in said and "text_codes.pt" in said
@@ -596,7 +602,8 @@ def draws(script):
 
 def test_every_picture_of_the_docstring_is_drawn(smoke):
     run, _ = smoke
-    assert draws(evaluation) == {path.name for path in run.glob("*.png")} - {"items.png"} and len(draws(evaluation)) == 10
+    assert draws(evaluation) == {path.name for path in run.glob("*.png")} - {"items.png"}
+    assert len(draws(evaluation)) == 10
     for name in draws(evaluation):
         with Image.open(run / name) as picture:
             picture.load()

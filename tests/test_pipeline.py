@@ -9,8 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, run_script
 from PIL import Image
+
+from conftest import ROOT, SCRIPTS, run_script
 
 MOVIES = ROOT.parent / "shared" / "data" / "movietweetings-2013"
 
@@ -218,7 +219,8 @@ def test_history_prints_titles(smoke):
     saved = load(run / "generator-mscgrec.pt")
     saved["options"]["device"] = "cuda"  # where it was trained: it may be asked elsewhere
     torch.save(saved, run / "generator-elsewhere.pt")
-    again = run_script(5, "--run", run, "--name", "elsewhere", "--history", f"{data['item_ids'][3]};{data['item_ids'][5]}")
+    again = run_script(5, "--run", run, "--name", "elsewhere",
+                       "--history", f"{data['item_ids'][3]};{data['item_ids'][5]}")
     assert again.stdout == shown.stdout, again.stderr
     (run / "generator-elsewhere.pt").unlink()
     unclear = run_script(5, "--run", run, "--smoke", "--history", "no such title")

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-import questions
 import torch
+
+import questions
 from conftest import ROOT, script
 
 one = script(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import ROOT, script
 
 sys.path.insert(0, str(ROOT / "tests" / "related"))
@@ -276,7 +277,8 @@ def levels_model(variant, kind="Gamer", dropout=0.0):
     torch.manual_seed(0)
     gamer.Levels.variant = variant
     gamer.Levels.V = V
-    codes = torch.cat([torch.zeros(1, 4).long() - 1, torch.cartesian_prod(*[torch.arange(4)] * 4)[torch.randperm(256)[:N]]])
+    codes = torch.cartesian_prod(*[torch.arange(4)] * 4)[torch.randperm(256)[:N]]  # (N, L)
+    codes = torch.cat([torch.zeros(1, 4).long() - 1, codes])  # (N+1, L)
     known = torch.arange(N + 1) > 0
     one = {"codes": codes, "codebooks": torch.randn(3, 4, 8), "known": known, "embeddings": torch.randn(N + 1, 8)}
     sources = {name: one for name in ("image", "collab")}

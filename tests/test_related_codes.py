@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+
 from conftest import run_script, script
 
 sys.path.append(str(pathlib.Path(__file__).parent / "related"))
-import lamia  # noqa: E402
-import macrec  # noqa: E402
-import mmgrec  # noqa: E402
-import utgrec  # noqa: E402
+import lamia
+import macrec
+import mmgrec
+import utgrec
 
 SYSTEMS = [mmgrec, lamia, macrec, utgrec]
 VARIANTS = [(system, variant) for system in SYSTEMS for variant in system.VARIANTS]

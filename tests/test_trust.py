@@ -1,4 +1,4 @@
-"""Nothing lost, nothing trusted, nothing silent: runs that are killed, files that are damaged or do not belong together."""
+"""Nothing lost, nothing trusted, nothing silent: killed runs, files that are damaged or do not belong together."""
 import os
 import pickle
 import re
@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+
 from conftest import command, run_script
 
 WRITTEN = {2: ("sasrec.pt", "collab_codes.pt", "predictions-sasrec-s0.pt"),

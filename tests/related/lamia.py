@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import script  # noqa: E402
+from conftest import script
 
 four = script(4)
 five = script(5)

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import script  # noqa: E402
+from conftest import script
 
 four = script(4)
 five = script(5)

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import script  # noqa: E402
+from conftest import script
 
 three = script(3)
 four = script(4)
