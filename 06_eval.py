@@ -1558,7 +1558,8 @@ class Slide:
         self.write(x, y, ", ".join(map(str, prefix)), room)
         after = self.tiles(x, y + 32, shown.tolist())
         ending = "" if len(items) == 1 else "s"
-        self.write(after + 4, y + 34, f"{len(items):,} {noun}{ending}", x + width - after - 6, 20, 2)
+        room = x + width - after - 6
+        self.write(after + 4, y + 34, f"{len(items):,} {noun}{ending}", room, 20, 2)
 
     def bars(self, x, y, vector):
         """A bar for each coordinate, up or down from y. vector: (coordinates,)"""

@@ -819,20 +819,23 @@ def test_what_is_marked_is_on_the_path_of_the_item_s_code(tmp_path, capsys):
         # A column of pixels that crosses the upper and the lower edge of each box of a level.
         edges = []
         for x in (150, 900):
-            column = [picture.getpixel((x, y)) for y in range(picture.height - 3 * evaluation.ROW - 180, picture.height)]
+            top = picture.height - 3 * evaluation.ROW - 180
+            column = [picture.getpixel((x, y)) for y in range(top, picture.height)]
             edges.append([now for before, now in zip(column, column[1:]) if now != before and now in (orange, grey)])
     first, second = edges
     assert first == [grey, grey, orange, orange, grey] and second == [orange, orange, grey, grey, grey]  # and a heading
 
 
-@pytest.mark.parametrize("trace", [{}, [], {"target": "collab"}, {"target": "text", "codes": 1},
-                                   {"target": "collab", "codes": torch.zeros(2, 3, 5, 3), "log_p": torch.zeros(2, 3, 5)},
-                                   {"target": "collab", "codes": torch.zeros(3, 2, 5, 2), "log_p": torch.zeros(3, 2, 5)},
-                                   {"target": "collab", "codes": torch.zeros(2, 2, 5, 2), "log_p": torch.zeros(2, 2)}])
+@pytest.mark.parametrize("trace", [
+    {}, [], {"target": "collab"}, {"target": "text", "codes": 1},
+    {"target": "collab", "codes": torch.zeros(2, 3, 5, 3), "log_p": torch.zeros(2, 3, 5)},
+    {"target": "collab", "codes": torch.zeros(3, 2, 5, 2), "log_p": torch.zeros(3, 2, 5)},
+    {"target": "collab", "codes": torch.zeros(2, 2, 5, 2), "log_p": torch.zeros(2, 2)}])
 def test_a_run_without_a_trace_that_fits_ends_with_a_line_that_says_so(tmp_path, capsys, trace):
     run = searched(tmp_path / "run", [4, 8], trace=trace)
     results(run)
-    assert "one-item.png is not drawn: no predictions of lookahead or mscgrec have the `trace`" in capsys.readouterr().out
+    said = "one-item.png is not drawn: no predictions of lookahead or mscgrec have the `trace`"
+    assert said in capsys.readouterr().out
     assert not (run / "one-item.png").exists()
 
 
@@ -861,7 +864,7 @@ def user_of(targets, ranks, sasrec, pictures):
 
 
 def test_the_item_that_is_drawn_is_found_by_the_rule_that_is_printed():
-    """Step by step: sasrec misses the last four, of these three have the best place 2, two a picture, one more events."""
+    """Step by step: sasrec misses the last four, of these three have place 2, two a picture, one more events."""
     user, places, rule = user_of([30, 5, 6, 7, 9], [1, 3, 2, 2, 2], [10, None, 11, 12, None], [0, 1, 2, 3])
     assert user == 3 and places == "lookahead 2, sasrec 12"
     assert "not in sasrec's first ten" in rule and "best place in lookahead's list" in rule
