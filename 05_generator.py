@@ -24,7 +24,8 @@ letters  B users in a batch, T items of history, D modalities that a history sho
          L codes of an item in one modality, K values of a code, M tokens of an item of history
          (D * L; with --lookahead D), N items, U users, W windows cut from histories,
          E width of the model, H heads, Q items written at once for a user,
-         d width of a vector that is cut into codes, l level of a code, k code,
+         d width of a vector that is cut into codes, X columns of the table of all vectors,
+         l level of a code, k code,
          S side of a picture, C items under a node at the most, R neighbours kept of an item
 reads   data.pt, image_codes.pt, text_codes.pt, collab_codes.pt
         with --history also images.pt, generator-mscgrec.pt
@@ -70,6 +71,8 @@ FARTHEST = 31            # items; all that lie so far back or farther share one 
 WARM_UP = 0.04           # share of the training in which the learning rate rises to --lr
 WEIGHT_DECAY = 0.01      # of AdamW
 LOOK_SCALE = 0.25        # W, which asks what lies under a code, starts as so much of the identity
+DRAWN_FROM = 20_000      # items: in larger shops a step sees some under a first code, not all
+DRAWN = 8                # so many
 NEAR = 5                 # places apart that neighbours are counted, and items of a history
 CLIP = 1.0               # a gradient that is longer is shortened to this
 VALIDATION_USERS = 2000  # at the most; their validation events decide which epoch is the best
@@ -678,47 +681,58 @@ class Generator(nn.Module):
 #     v = mean + kept * (v - mean),    0 <= kept <= 1
 #
 # In training `kept` is drawn for each step, so that all shares are known. Validation picks one.
+#
+# The v never change. So in training each question is brought to them, (W x) . P v = (P^T W x) . v,
+# and no step has to bring the vectors of all items to the width of the model. A search asks with
+# many beams: there it pays to bring the vectors, once.
 
 
 class Carried(NamedTuple):
-    """What is known of the items besides codes."""
-    parts: torch.Tensor  # (N+1, D, E), the vector of each modality, projected
-    whole: torch.Tensor  # (N+1, E), their sum
+    """What is known of the items besides codes, and P."""
+    parts: list          # P of each modality: (E, its columns of the table)
+    table: torch.Tensor  # (N+1, X), v of all items; in the search (N+1, E), P v
+    bring: torch.Tensor  # (E, X), P; in the search None
     near: torch.Tensor   # (B, 1, N+1), trust * log(1 + 10 n) after each history; or None
 
 
-class Carry(nn.Module):
-    """The vectors of one modality, brought to the width of the model: its part of P.
+def columns_of(source, shrunk):
+    """The vectors of a modality. One that is shrunk has two parts: v = mean + kept * own.
 
-    shrunk: was it learnt from the histories?
+    shrunk: was it learnt from the histories? -> (N+1, d), or, mean and own side by side, (N+1, 2d)
     """
+    x = source["embeddings"].float()                                # (N+1, d), row 0 is padding
+    length = x[1:].square().sum(1).mean().sqrt()                    # ()
+    x = x / length.clamp(min=1e-6)                                  # (N+1, d), of length 1 or so
+    if not shrunk:
+        return x
+    known = source["known"].nonzero()[:, 0]                         # (n,) others have no vector
+    code = source["codes"][known, 0].long()                         # (n,)
+    K = source["codebooks"].shape[1]
+    members = code.bincount(minlength=K).clamp(min=1)               # (K,)
+    sums = torch.zeros(K, x.shape[1]).index_add(0, code, x[known])  # (K, d)
+    mean = x.clone()                                                # (N+1, d)
+    mean[known] = (sums / members.unsqueeze(1))[code]               # (n, d)
+    return torch.cat([mean, x - mean], 1)                           # (N+1, 2d)
 
-    def __init__(self, source, E, shrunk):
+
+class Carry(nn.Module):
+    """The part of P that brings the vectors of one modality to the width of the model. d: theirs"""
+
+    def __init__(self, d, E, shrunk):
         super().__init__()
-        x = source["embeddings"].float()                            # (N+1, d), row 0 is padding
-        length = x[1:].square().sum(1).mean().sqrt()                # ()
-        x = x / length.clamp(min=1e-6)                              # (N+1, d), of length 1 or so
-        mean = x                                                    # (N+1, d)
-        own = None
-        if shrunk:
-            mean = x.clone()                                        # (N+1, d)
-            known = source["known"].nonzero()[:, 0]                 # (n,) others have no vector
-            code = source["codes"][known, 0].long()                 # (n,)
-            K = source["codebooks"].shape[1]
-            members = code.bincount(minlength=K).clamp(min=1)       # (K,)
-            sums = torch.zeros(K, x.shape[1]).index_add(0, code, x[known])  # (K, d)
-            mean[known] = (sums / members.unsqueeze(1))[code]       # (n, d)
-            own = x - mean                                          # (N+1, d)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("own", own, persistent=False)
-        self.project = nn.Linear(x.shape[1], E, bias=False)
+        self.shrunk = shrunk
+        self.project = nn.Linear(d, E, bias=False)
         nn.init.normal_(self.project.weight, std=TOKEN_SCALE)
 
     def forward(self, kept):
-        """P v of all items. kept: () -> (N+1, E)"""
-        if self.own is None:
-            return self.project(self.mean)                          # (N+1, E)
-        return self.project(self.mean + kept * self.own)            # (N+1, E)
+        """P (mean + kept * own) = [P, kept * P] [mean, own].
+
+        kept: () -> a matrix for the columns of the modality, (E, d) or, if it is shrunk, (E, 2d)
+        """
+        P = self.project.weight                                     # (E, d)
+        if self.shrunk:
+            P = torch.cat([P, kept * P], 1)                         # (E, 2d)
+        return P
 
 
 # Counts. That people take i along with j again and again, a vector of E numbers tells only roughly;
@@ -786,6 +800,44 @@ class Neighbours(nn.Module):
         return counts                                               # (B, N+1)
 
 
+class Root(nn.Module):
+    """All items lie under the root. Of a large shop a step of training draws some for each code."""
+
+    def __init__(self, trie):
+        super().__init__()
+        code = trie.codes[1:, 0].cpu()                              # (N,)
+        # The leaves of each first code stand side by side: `size` of them from `begin` on.
+        size = code.bincount(minlength=trie.K)                      # (K,)
+        self.trie = trie
+        self.K = trie.K
+        self.register_buffer("code", code.to(torch.int16), persistent=False)
+        self.register_buffer("size", size, persistent=False)
+        self.register_buffer("begin", size.cumsum(0) - size, persistent=False)
+
+    def forward(self, question, node, carried):
+        """log sum exp s over the items under each first code.
+
+        question: as wide as the table, (..., X or E), node: not used -> (..., K), very low for none
+        """
+        if self.training and len(self.code) > DRAWN_FROM:
+            # A sum over n items is n times the mean over some of them, drawn by chance.
+            by_chance = torch.rand(self.K, DRAWN, device=question.device)  # (K, DRAWN)
+            place = self.begin.unsqueeze(1) + by_chance * self.size.unsqueeze(1)  # (K, DRAWN)
+            # A code without items draws the next one's, and counts none.
+            place = place.long().clamp(max=len(self.code) - 1)      # (K, DRAWN)
+            item = self.trie.leaf_item[place]                       # (K, DRAWN)
+            score = question @ carried.table[item.flatten()].T      # (..., K * DRAWN)
+            score = score.float().unflatten(-1, item.shape)         # (..., K, DRAWN)
+            share = self.size.float().clamp(min=1e-30) / DRAWN      # (K,)
+            return score.logsumexp(-1) + share.log()                # (..., K)
+
+        score = question @ carried.table[1:].T                      # (..., N)
+        if carried.near is not None:
+            score = score + carried.near[..., 1:]                   # (..., N)
+        code = self.code.long().expand(score.shape)                 # (..., N)
+        return log_sums(score, code, self.K)                        # (..., K)
+
+
 class Beneath(nn.Module):
     """The items that lie under each node of level l, and the code that leads to each of them."""
 
@@ -809,29 +861,24 @@ class Beneath(nn.Module):
     def forward(self, question, node, carried):
         """log sum exp s over the items under each child of a node.
 
-        question: W x (..., E), node: (...) -> (..., K), very low without a child
+        question: as wide as the table, (..., X or E), node: (...) -> (..., K), very low for none
         """
-        if len(self.item) == 1:  # all ask at the root, so that one product does
-            item = self.item[0]                                     # (N,)
-            score = question @ carried.whole[item].T                # (..., N)
-            if carried.near is not None:
-                score = score + carried.near[..., item]             # (..., N)
-            code = self.code[0].long().expand(score.shape)          # (..., N)
-        else:
-            item = self.item[node]                                  # (..., C)
-            score = F.embedding(item, carried.whole) @ question.unsqueeze(-1)  # (..., C, 1)
-            score = score.squeeze(-1).masked_fill(item == 0, -torch.inf)  # (..., C)
-            if carried.near is not None:
-                near = carried.near.take_along_dim(item.long(), -1)  # (..., C)
-                score = score + near                                # (..., C)
-            code = self.code[node].long()                           # (..., C)
+        item = self.item[node]                                      # (..., C)
+        score = F.embedding(item, carried.table) @ question.unsqueeze(-1)  # (..., C, 1)
+        score = score.squeeze(-1).masked_fill(item == 0, -torch.inf)  # (..., C)
+        if carried.near is not None:
+            score = score + carried.near.take_along_dim(item.long(), -1)  # (..., C)
+        return log_sums(score, self.code[node].long(), self.K)      # (..., K)
 
-        # exp of large numbers overflows: the largest is taken out, and added again at the end.
-        score = score.float()                                       # (..., C)
-        most = score.detach().amax(-1, keepdim=True)                # (..., 1)
-        total = score.new_zeros(*score.shape[:-1], self.K)          # (..., K)
-        total = total.scatter_add(-1, code, (score - most).exp())   # (..., K)
-        return total.clamp(min=1e-30).log() + most                  # (..., K)
+
+def log_sums(score, code, K):
+    """log sum exp of the scores of each code. score, code: (..., n) -> (..., K), low for none"""
+    # exp of large numbers overflows: the largest is taken out, and added again at the end.
+    score = score.float()                                           # (..., n)
+    most = score.detach().amax(-1, keepdim=True)                    # (..., 1)
+    total = score.new_zeros(*score.shape[:-1], K)                   # (..., K)
+    total = total.scatter_add(-1, code, (score - most).exp())       # (..., K)
+    return total.clamp(min=1e-30).log() + most                      # (..., K)
 
 
 class Lookahead(Generator):
@@ -845,14 +892,19 @@ class Lookahead(Generator):
         super().__init__(sources, modalities, target, trie, size)
         self.neighbours = neighbours
         E = size.width
-        carry = []
+        self.carry = nn.ModuleList()
+        tables = []
         for d, name in enumerate(modalities):
             shrunk = name in size.shrunk.split(",")
-            carry.append(Carry(sources[name], E, shrunk))
+            self.carry.append(Carry(sources[name]["embeddings"].shape[1], E, shrunk))
+            tables.append(columns_of(sources[name], shrunk))        # (N+1, d or 2d)
             if shrunk:
                 self.shown[:, d, 1:] = self.masks[d]
-        self.carry = nn.ModuleList(carry)
-        self.beneath = nn.ModuleList(Beneath(trie, l) for l in range(trie.L))
+        self.columns = [table.shape[1] for table in tables]  # of each modality
+        self.register_buffer("table", torch.cat(tables, 1), persistent=False)  # (N+1, X)
+        self.beneath = nn.ModuleList([Root(trie)])
+        for l in range(1, trie.L):
+            self.beneath.append(Beneath(trie, l))
         self.look = nn.Parameter(LOOK_SCALE * torch.eye(E).repeat(trie.L, 1, 1))  # W (L, E, E)
         self.register_buffer("kept", torch.tensor(0.5))             # (), see settle
         self.register_buffer("trust", torch.tensor(0.0))            # (), see settle
@@ -863,15 +915,17 @@ class Lookahead(Generator):
 
     def carried(self, history):
         """The vectors of all items, and the counts after each history. -> Carried"""
-        kept = self.kept                                            # ()
         if self.training:
-            kept = torch.rand_like(kept)                            # ()
-        parts = torch.stack([carry(kept) for carry in self.carry], 1)  # (N+1, D, E)
+            kept = torch.rand_like(self.kept)                       # ()
+            parts = [carry(kept) for carry in self.carry]           # (E, columns) each
+            return Carried(parts, self.table, torch.cat(parts, 1), None)
+        parts = [carry(self.kept) for carry in self.carry]          # (E, columns) each
+        table = self.table @ torch.cat(parts, 1).T                  # (N+1, E)
         near = None
-        if not self.training and self.trust > 0:
+        if self.trust > 0:
             counts = self.neighbours(history).unsqueeze(1)          # (B, 1, N+1)
             near = self.trust * (10 * counts).log1p()               # (B, 1, N+1)
-        return Carried(parts, parts.sum(1), near)
+        return Carried(parts, table, None, near)
 
     def embed(self, history, hidden, carried):
         """The vector of each item and modality, and its codes' embeddings. -> (B, T, D, E)"""
@@ -885,18 +939,22 @@ class Lookahead(Generator):
 
     def gather(self, history, hidden, carried):
         """P v of the items of a history, 0 for what is hidden. -> (B, T, D, E)"""
-        v = carried.parts[history]                                  # (B, T, D, E)
-        return v.masked_fill(hidden.unsqueeze(3), 0)                # (B, T, D, E)
+        v = self.table[history].split(self.columns, -1)             # (B, T, columns) each
+        brought = [x @ P.T for x, P in zip(v, carried.parts)]       # (B, T, E) each
+        return torch.stack(brought, 2).masked_fill(hidden.unsqueeze(3), 0)  # (B, T, D, E)
 
     def scores(self, x, l, node, carried):
         """As above, plus log sum exp s over the items under k. -> (..., K)"""
+        question = x @ self.look[l]                                 # (..., E)
+        if carried.bring is not None:
+            question = question @ carried.bring                     # (..., X)
         z = super().scores(x, l, node, carried)                     # (..., K)
-        return z + self.beneath[l](x @ self.look[l], node, carried)  # (..., K)
+        return z + self.beneath[l](question, node, carried)         # (..., K)
 
     def tables(self):
         """As above: the vectors of the items, which items lie under the nodes, and neighbours."""
-        parts = (self.carry, self.beneath, self.neighbours)
-        return [table for part in parts for table in part.buffers()]
+        parts = (self.beneath, self.neighbours)
+        return [self.table, *[table for part in parts for table in part.buffers()]]
 
 
 # --- Beam search: the likeliest items ------------------------------------------------------------
@@ -1277,7 +1335,7 @@ def settle(model, trie, state, data, users, args):
     """The two numbers of Lookahead that are not learnt: those that validate best, one by one."""
     model.load_state_dict(state["best"])
     choices = {"kept": (0.0, 0.25, 0.5, 0.75, 1.0), "trust": (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)}
-    if all(carry.own is None for carry in model.carry):
+    if not any(carry.shrunk for carry in model.carry):
         del choices["kept"]  # nothing is shrunk
     if args.neighbours == 0:
         del choices["trust"]  # nothing is counted

@@ -1377,8 +1377,7 @@ def bench_gpu(device="cuda", smoke=False):
            f"users and {PAPER_EVENTS:,} events (the shop of `scale`), so {PAPER_TARGETS:,} targets an epoch, with the "
            "scripts' default epochs.")
     yield ("Operations: of products of matrices, twice their multiply-adds; training has three times those of the way "
-           "forward. Not counted: tables of items that AdamW changes in every step; with --lookahead, the projection "
-           "of all items' vectors, once a step.")
+           "forward. Not counted: tables of items that AdamW changes in every step.")
     yield (f"Batch: targets (whole histories of {T}, so 128 are 120), users, pictures, pairs. Peak GiB: what "
            "PyTorch held at most, of model, optimizer and step. In 02 bf16 is for the scores of items alone.")
     # The seconds of each; what it has begun by then is measured still.
@@ -1494,7 +1493,7 @@ def random_events(N, batch, device):
     return torch.randint(1, N + 1, (max(1, batch // T), T + 1), device=device)
 
 
-# 05 on a GPU
+# 05 with its own sizes: on a GPU, and what --lookahead costs on this machine
 
 
 class Five(NamedTuple):
@@ -1524,6 +1523,40 @@ def generator_on(device, N, shape, *options):
     return Five(five, args, data, trie, model, optimizer)
 
 
+def bench_lookahead():
+    """What --lookahead costs by the size of the catalogue, against the plain model, with the defaults of 05."""
+    for N in (2_500, 10_000, 50_000, 100_000, 400_000):
+        plain = lookahead_costs(N)
+        ours = lookahead_costs(N, "--lookahead")
+        yield Row(f"{N:,} items: a step of 120 targets", f"{ours.step:,.0f} ms", f"{plain.step:,.0f} ms",
+                  f"{ours.step / plain.step:.1f}", "<= 1.3")
+        yield Row(f"{N:,} items: beam 20, a user", f"{ours.search:,.1f} ms", f"{plain.search:,.1f} ms",
+                  f"{ours.search / plain.search:.1f}")
+        yield Row(f"{N:,} items: tables besides weights, codes and tree", f"{ours.tables:,.0f} MB", "0 MB")
+
+
+class Costs(NamedTuple):
+    """Of a generator."""
+    step: float    # ms
+    search: float  # ms a user
+    tables: float  # MB
+
+
+def lookahead_costs(N, *options):
+    """Steps and searches of 05 on full-length histories of a random shop. -> Costs"""
+    five, args, _, trie, model, optimizer = generator_on("cpu", N, {}, *options)
+    events = random_events(N, 128, "cpu")                               # (B, T+1)
+    model.train()
+    step = best(lambda: five.train_step(model, trie, optimizer, events, args), 3)
+    model.eval()
+    if options:
+        model.trust.fill_(0.5)  # counts are in use
+    history = events[:, 1:].repeat(5, 1)                                # (5B, T)
+    search = best(lambda: five.beam_search(model, trie, history, 20), 3) / len(history)
+    tables = sum(table.nbytes for table in model.tables()) / 1e6
+    return Costs(1e3 * step, 1e3 * search, tables)
+
+
 def generator_rows(machine, until):
     """Steps of 05, plain and --lookahead."""
     sizes = machine.sizes
@@ -1550,9 +1583,12 @@ def generator_training(machine, N, shape, *options):
     slots = D if args.lookahead else M
     forward = multiply_adds(T, shape, slots) / T
     if args.lookahead:
-        # At each level a question, and its products with all items that can lie under a node.
-        items = sum(beneath.item.shape[1] for beneath in model.beneath)
-        forward += shape["width"] * (L * shape["width"] + items)
+        # At each level a question, brought to the table, and its products with the items that can lie under a node.
+        E = shape["width"]
+        X = model.table.shape[1]
+        items = min(N, K * five.DRAWN if N > five.DRAWN_FROM else N)  # at the root
+        items += sum(beneath.item.shape[1] for beneath in model.beneath[1:])
+        forward += L * (E * E + E * X) + items * X
     training = args.epochs * PAPER_TARGETS if N == machine.sizes.many else 0
     return Work(rate, "targets", args.bf16, 2 * 3 * forward, training)
 
@@ -1832,6 +1868,7 @@ BENCHES = {
     "dino": bench_dino,
     "residual_kmeans": bench_residual_kmeans,
     "data": bench_data,
+    "lookahead": bench_lookahead,
     "scale": bench_scale,
     "gpu": bench_gpu,
 }

@@ -874,15 +874,20 @@ class LinearModel(torch.nn.Module):
 
     def __init__(self, known, counts, E=64):
         super().__init__()
-        carry = [script(5).Carry(source, E, shrunk=name.startswith("collab")) for name, source in known.items()]
-        self.carry = torch.nn.ModuleList(carry)
+        five = script(5)
+        self.carry = torch.nn.ModuleList()
+        self.tables = []
+        for name, source in known.items():
+            shrunk = name.startswith("collab")
+            self.carry.append(five.Carry(source["embeddings"].shape[1], E, shrunk))
+            self.tables.append(five.columns_of(source, shrunk))         # (N+1, d or 2d)
         self.last = torch.nn.Linear(E, E, bias=False)
         self.all = torch.nn.Linear(E, E, bias=False)
         self.bias = torch.nn.Parameter((counts[1:] + 1.0).log())        # (N,)
 
     def forward(self, history, kept):
         """history: (B, T), kept: as in 05, () -> after each place a score for each item, (B, T, N)"""
-        v = sum(carry(kept) for carry in self.carry)                    # (N+1, E)
+        v = sum(table @ carry(kept).T for table, carry in zip(self.tables, self.carry))  # (N+1, E)
         read = v[history]                                               # (B, T, E)
         length = torch.arange(1, 1 + history.shape[1]).unsqueeze(1)     # (T, 1)
         wanted = self.last(read) + self.all(read.cumsum(1) / length.sqrt())  # (B, T, E)

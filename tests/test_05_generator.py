@@ -375,8 +375,35 @@ def test_with_one_question_for_all_levels_the_tree_gives_the_softmax_over_all_it
         logits = [model.scores(x.expand(1, N, 16), l, model.trie.path[None, 1:, l], carried)[0] for l in range(L)]
         losses = [generator.code_losses(torch.stack(logits, 1)[i:i + 1], torch.tensor([i + 1]), model.trie).sum()
                   for i in range(N)]
-        flat = (carried.whole[1:] @ (x @ model.look[0])).log_softmax(0)
+        flat = (carried.table[1:] @ (x @ model.look[0])).log_softmax(0)
     assert torch.allclose(-torch.stack(losses), flat, atol=1e-4)
+
+
+def test_training_brings_questions_to_the_vectors_and_a_search_the_vectors_to_questions(ahead, monkeypatch):
+    """The same scores either way; with a share that is kept, and counts not in use."""
+    _, _, model, _ = ahead
+    monkeypatch.setattr(torch, "rand_like", lambda kept: kept)  # training keeps what the search keeps
+    history, target = torch.randint(1, N + 1, (2, 3, T))                # (3, T) both
+    search = model(history, target)                                     # (3, T, L, K)
+    training = model.train()(history, target)                           # (3, T, L, K)
+    torch.testing.assert_close(training, search, atol=1e-4, rtol=1e-4)
+
+
+def test_of_a_large_shop_training_draws_some_items_of_each_first_code(ahead, monkeypatch):
+    """The mean over many draws is that over all of them; the search still takes all."""
+    generator, codes, model, _ = ahead
+    node = torch.zeros(1, 1, dtype=torch.long)
+    question = torch.randn(1, 1, model.table.shape[1])                  # (1, 1, X)
+    carried = model.train().carried(None)
+    root = model.beneath[0]
+    exact = root(question, node, carried)[0, 0]                         # (K,)
+    monkeypatch.setattr(generator, "DRAWN_FROM", N - 1)
+    monkeypatch.setattr(generator, "DRAWN", 50_000)
+    drawn = root(question, node, carried)[0, 0]                         # (K,)
+    used = codes[1:, 0].bincount(minlength=K) > 0                       # (K,)
+    assert torch.allclose(drawn[used], exact[used], atol=0.05) and not torch.equal(drawn, exact)
+    assert (drawn[~used] < -50).all()
+    assert torch.equal(model.eval().beneath[0](question, node, carried)[0, 0], exact)
 
 
 def test_a_shrunk_vector_lies_between_the_mean_of_its_first_code_and_itself(ahead):
@@ -387,18 +414,20 @@ def test_a_shrunk_vector_lies_between_the_mean_of_its_first_code_and_itself(ahea
     first = sources["c"]["codes"][:, 0]
     mean = torch.stack([x[2:][first[2:] == k].mean(0) for k in first[2:]])
     mean = torch.cat([torch.zeros(1, 6), mean])  # nothing is known of the first item: no mean of others for it
+    shown = torch.zeros(1, N, 3, dtype=torch.bool)
     for kept in (0.0, 0.25, 1.0):
         with torch.no_grad():
             model.kept.fill_(kept)
             right = [scaled(sources["a"])[1:], scaled(sources["b"])[1:], mean + kept * (x[1:] - mean)]
             for d, v in enumerate(right):
-                assert torch.allclose(model.carried(some).parts[1:, d], model.carry[d].project(v), atol=1e-5)
+                found = model.gather(torch.arange(1, N + 1)[None], shown, model.carried(some))[0, :, d]  # (N, E)
+                assert torch.allclose(found, model.carry[d].project(v), atol=1e-5)
     assert (model.shown[1:, 2, 1:] == model.masks[2]).all() and (model.shown[2:, 2, 0] != model.masks[2]).all()
     assert (model.shown[1:, :2] != model.masks[:2]).all()
     model.train()
     one, other = model.carried(some).parts, model.carried(some).parts
-    assert not torch.equal(one[:, 2], other[:, 2])
-    assert torch.equal(one[:, :2], other[:, :2])
+    assert not torch.equal(one[2], other[2])
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 def test_looking_ahead_a_history_has_one_token_for_each_modality(ahead):
@@ -471,9 +500,10 @@ def test_a_hidden_modality_carries_no_vector(ahead):
     hidden[:, :, 1] = True
     for what in (model.embed, model.begin):
         before = what(history, hidden, model.carried(history))
-        model.carry[1].mean.normal_()
+        columns = model.table.split(model.columns, 1)
+        columns[1].normal_()
         assert torch.equal(what(history, hidden, model.carried(history)), before)
-        model.carry[0].mean.normal_()
+        columns[0].normal_()
         assert not torch.equal(what(history, hidden, model.carried(history)), before)
 
 
@@ -484,7 +514,7 @@ def test_what_is_kept_and_how_far_counts_are_trusted_is_chosen_on_validation(
     """One after the other; what has nothing to say, because nothing is shrunk or counted, stays as it was."""
     generator = scripts[5]
     model = nn.Module()
-    model.carry = [argparse.Namespace(own=None), argparse.Namespace(own=torch.ones(1) if shrunk else None)]
+    model.carry = [argparse.Namespace(shrunk=False), argparse.Namespace(shrunk=shrunk)]
     model.register_buffer("kept", torch.tensor(0.5))
     model.register_buffer("trust", torch.tensor(0.0))
     state = {"best": {"kept": torch.tensor(0.5), "trust": torch.tensor(0.0)}}
