@@ -468,8 +468,9 @@ def dino_loss(p_t, logits):
 
 
 # Nothing in this loss forbids the same answer for all crops, or one that is sure of nothing. Two
-# parts of DINOv2 (Oquab et al. 2023) do  [12]: centring, without which the teacher soon said the
-# same of all pictures, and KoLeo, without which vectors drew together and lost the pattern.
+# parts of DINOv2 (Oquab et al. 2023) prevent both  [12]: centring, without which the teacher soon
+# said the same of all pictures, and KoLeo, without which vectors drew together and lost the
+# pattern.
 
 
 def sinkhorn(out):

@@ -70,10 +70,10 @@ TOKEN_SCALE = 0.3        # standard deviation of the token embeddings at the sta
 FARTHEST = 31            # items; all that lie so far back or farther share one bias
 WARM_UP = 0.04           # share of the training in which the learning rate rises to --lr
 WEIGHT_DECAY = 0.01      # of AdamW
-LOOK_SCALE = 0.25        # W, which asks what lies under a code, starts as so much of the identity
-DRAWN_FROM = 20_000      # items: in larger shops a step sees some under a first code, not all
-DRAWN = 8                # so many
-NEAR = 5                 # places apart that neighbours are counted, and items of a history
+LOOK_SCALE = 0.25        # --lookahead: W starts as this times the identity
+DRAWN_FROM = 20_000      # in shops of more items a step of training draws a sample of them,
+DRAWN = 8                # so many for each first code
+NEAR = 5                 # counted: items up to so many places apart, near so many last ones
 CLIP = 1.0               # a gradient that is longer is shortened to this
 VALIDATION_USERS = 2000  # at the most; their validation events decide which epoch is the best
 RANKED_EVENTS = 1024     # of histories that are searched at once, about
@@ -165,6 +165,7 @@ class Trie:
     """Which codes continue a prefix so that a real item can come of it; built once from all codes.
 
     codes: int (N+1, L) of the modality that is written, row 0 unused; K: values of a code
+    In code l counts from 0: codes[:, l] is c_(l+1), which leads from level l to level l + 1.
 
     edges[l]    int64 (nodes of level l+1,)       what leads from level l to level l+1, see below
     allowed[l]  uint8 (nodes of level l, K / 8)   A(c_<l) of each node, one bit a code: see pack
@@ -239,8 +240,8 @@ class Trie:
         return torch.stack(codes[::-1], -1)                         # (..., l)
 
 
-# Why bits: `allowed` has a byte for each yes or no. A million items with K = 256 have about as many
-# nodes above the leaves, so 256 MB, looked up at random. Eight yes or no fit in a byte: 32 MB.
+# Why bits: torch keeps a yes or no in a byte. A million items with K = 256 have about as many nodes
+# above the leaves, so 256 MB, looked up at random. With eight yes or no in a byte it is 32 MB.
 
 
 def pack(allowed):
@@ -284,10 +285,10 @@ def code_losses(logits, items, trie, constrained=True):
 class RelativeBias(nn.Module):
     """b1[s - t] + b2[i, j], added to the score of a query for a key, a table for each head. [20]
 
-    s is the query's place in the history, t the key's; a query of the decoder has the place after
-    which its item comes. i and j are their slots: which modality and level, of the D * L inside an
-    item (the decoder's queries have L slots). A query sees no later item: there the bias is -inf.
-    So one pass trains on all prefixes of a history.  [23]
+    s is the query's place in the history, t the key's; a query of the decoder, which writes the
+    item after place t, counts as place t. i and j are their slots: which modality and level, of the
+    D * L inside an item (the decoder's queries have L slots). A query sees no later item: there the
+    bias is -inf. So one pass trains on all prefixes of a history.  [23]
     """
 
     def __init__(self, H, query_slots, key_slots):
@@ -345,7 +346,7 @@ class Attention(nn.Module):
 
 
 def attention(queries, keys, values, bias):
-    """By hand, to show where the bias comes in. (03: by hand, with a public model's names.)
+    """By hand, to show where the bias comes in.
 
     queries: (..., H, n, head), keys, values: (..., H, m, head) -> (..., H, n, head)
     """
@@ -357,8 +358,8 @@ def attention(queries, keys, values, bias):
 
 
 def fused_attention(queries, keys, values, bias):
-    """The same by a kernel of torch's, as in 02. On GPUs it never writes the scores of n by m, most
-    of what moves; CPUs have none for a bias that learns, and this takes longer there.
+    """The same by a kernel of torch's, as in 02. On a GPU the scores, n by m, are never written to
+    memory. With a bias that learns torch has no such kernel on CPUs: this is slower there.
     """
     bias = bias.to(queries.dtype)                                   # (..., H, n, m)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=1.0)
@@ -481,7 +482,8 @@ class Generator(nn.Module):
     """The encoder-decoder.
 
     sources: what the file of each modality holds, by its name: codes (N+1, L); known (N+1,), has
-    the item this modality?; codebooks (3, K, d), with a K of its own
+    the item this modality?; codebooks (3, K, d), with a K of its own; for --lookahead embeddings
+    (N+1, d)
     modalities: the names of the D that a history shows
     target: the name of the one that is written, which may be another one
     trie: of the codes of the target
@@ -631,7 +633,7 @@ class Generator(nn.Module):
         D = len(self.masks)
         hidden = hidden_modalities(history, D, masking)             # (B, T, D)
         carried = self.carried(history)
-        begin = self.begin(history, hidden, carried)                # (B, T, 1, E)
+        begin = self.begin(history, hidden, carried)                # (B, T, 1, E), or (1, 1, 1, 1)
         memory = self.memory(self.encode(history, hidden, carried))
         none = [None] * len(self.decoder)  # no cache: all codes are there at once
         x = self.decode(before, begin, bias, memory, cross_bias, none)  # (B, T, L, E)
@@ -661,7 +663,8 @@ class Generator(nn.Module):
 #        /   \          \
 #      2: a   5: b       2: c
 #
-# Were x the same at all levels, and `output` zero, then p(0) p(2 | 0) would be
+# Were W_l x the same at all levels, so that an item has one s_i, and `output` zero, then
+# p(0) p(2 | 0) would be
 #
 #     (exp s_a + exp s_b) / (exp s_a + exp s_b + exp s_c)  *  exp s_a / (exp s_a + exp s_b),
 #
@@ -678,7 +681,7 @@ class Generator(nn.Module):
 # first code is shared by dozens of items. So a history shows the first collaborative code alone,
 # and the vector is shrunk to the mean of the items that share this code (partial pooling):
 #
-#     v = mean + kept * (v - mean),    0 <= kept <= 1
+#     v = mean + kept * own,    own = whole vector - mean,    0 <= kept <= 1
 #
 # In training `kept` is drawn for each step, so that all shares are known. Validation picks one.
 #
@@ -690,8 +693,8 @@ class Generator(nn.Module):
 class Carried(NamedTuple):
     """What is known of the items besides codes, and P."""
     parts: list          # P of each modality: (E, its columns of the table)
-    table: torch.Tensor  # (N+1, X), v of all items; in the search (N+1, E), P v
-    bring: torch.Tensor  # (E, X), P; in the search None
+    table: torch.Tensor  # (N+1, X), v of all items; in the search (N+1, E), brought by the parts
+    bring: torch.Tensor  # (E, X), the parts side by side; in the search None
     near: torch.Tensor   # (B, 1, N+1), trust * log(1 + 10 n) after each history; or None
 
 
@@ -736,11 +739,14 @@ class Carry(nn.Module):
 
 
 # Counts. That people take i along with j again and again, a vector of E numbers tells only roughly;
-# to count is exact. n_i adds up, over the last five items of a history (the one a places back for
-# 0.5^a), how often i stood d <= 5 places from it in training, each time 1 / d, in either order.
-# (06 has this as the row co-occurrence.) In the search, and only there,
+# to count is exact. With j_0 the last item of a history, j_1 the one before it, and so on,
 #
-#     s_i = (W_l x) . P v_i + trust * log(1 + 10 n_i),
+#     n_i = near(i, j_0) + near(i, j_1) / 2 + .. + near(i, j_4) / 16
+#
+# near(i, j) adds 1 / gap for each time that i and j stood gap <= 5 places apart in a training
+# history, in either order. (06 has this as the row co-occurrence.) In the search, and only there,
+#
+#     s_i = (W_l x) . P v_i + trust * log(1 + 10 n_i)
 #
 # While we train, n would give the answer away: the event to be found has been counted. So `trust`
 # is no weight that is learnt. Validation picks it at the end, as nobody counts its events.
@@ -758,18 +764,18 @@ class Neighbours(nn.Module):
         offsets = data["offsets"]                                   # (U+1,)
         n = len(data["item_ids"])                                   # N + 1
 
-        # Two rows of the log are a pair if the later one is in training of the earlier one's user.
-        # A pair as one number: of N = 100 items, 3 and 7 are 3 * 101 + 7.
+        # Two events of one user are a pair, if the later one is in training, too. A pair as one
+        # number: of N = 100 items, 3 and 7 are 3 * 101 + 7.
         end = (offsets[1:] - 2).repeat_interleave(offsets.diff())   # (events,)
         pairs = []
         weights = []
-        for d in range(1, NEAR + 1):
+        for gap in range(1, NEAR + 1):
             row = torch.arange(len(events))                         # (events,)
-            row = row[row + d < end]                                # (pairs,)
+            row = row[row + gap < end]                              # (pairs,)
             one = events[row]                                       # (pairs,)
-            other = events[row + d]                                 # (pairs,)
+            other = events[row + gap]                               # (pairs,)
             pairs += [one * n + other, other * n + one]             # in either order
-            weights.append(torch.full((2 * len(row),), 1 / d))      # (2 * pairs,)
+            weights.append(torch.full((2 * len(row),), 1 / gap))    # (2 * pairs,)
         pairs, same = torch.cat(pairs).unique(return_inverse=True)  # (different,), (all,)
         total = torch.zeros(len(pairs)).index_add(0, same, torch.cat(weights))  # (different,)
 
@@ -795,24 +801,26 @@ class Neighbours(nn.Module):
             item = history[:, T - 1 - a]                            # (B,)
             neighbour = self.neighbour[item].long()                 # (B, R)
             counts.scatter_add_(1, neighbour, 0.5 ** a * self.weight[item])
-        counts.scatter_(1, history, 0)  # these it has paired itself
+        counts.scatter_(1, history, 0)  # none for its own: this very user's events are among them
         counts[:, 0] = 0                # no item
         return counts                                               # (B, N+1)
 
 
 class Root(nn.Module):
-    """All items lie under the root. Of a large shop a step of training draws some for each code."""
+    """Beneath, at level 0. All N items lie there, so that one product serves every question; of a
+    large shop a step of training draws some items of each code.
+    """
 
     def __init__(self, trie):
         super().__init__()
         code = trie.codes[1:, 0].cpu()                              # (N,)
-        # The leaves of each first code stand side by side: `size` of them from `begin` on.
-        size = code.bincount(minlength=trie.K)                      # (K,)
+        # The leaves of a first code stand side by side: so many `members`, from `begin` on.
+        members = code.bincount(minlength=trie.K)                   # (K,)
         self.trie = trie
         self.K = trie.K
         self.register_buffer("code", code.to(torch.int16), persistent=False)
-        self.register_buffer("size", size, persistent=False)
-        self.register_buffer("begin", size.cumsum(0) - size, persistent=False)
+        self.register_buffer("members", members, persistent=False)
+        self.register_buffer("begin", members.cumsum(0) - members, persistent=False)
 
     def forward(self, question, node, carried):
         """log sum exp s over the items under each first code.
@@ -822,14 +830,14 @@ class Root(nn.Module):
         if self.training and len(self.code) > DRAWN_FROM:
             # A sum over n items is n times the mean over some of them, drawn by chance.
             by_chance = torch.rand(self.K, DRAWN, device=question.device)  # (K, DRAWN)
-            place = self.begin.unsqueeze(1) + by_chance * self.size.unsqueeze(1)  # (K, DRAWN)
+            place = self.begin.unsqueeze(1) + by_chance * self.members.unsqueeze(1)  # (K, DRAWN)
             # A code without items draws the next one's, and counts none.
             place = place.long().clamp(max=len(self.code) - 1)      # (K, DRAWN)
             item = self.trie.leaf_item[place]                       # (K, DRAWN)
             score = question @ carried.table[item.flatten()].T      # (..., K * DRAWN)
             score = score.float().unflatten(-1, item.shape)         # (..., K, DRAWN)
-            share = self.size.float().clamp(min=1e-30) / DRAWN      # (K,)
-            return score.logsumexp(-1) + share.log()                # (..., K)
+            times = self.members.float().clamp(min=1e-30) / DRAWN   # (K,)
+            return score.logsumexp(-1) + times.log()                # (..., K)
 
         score = question @ carried.table[1:].T                      # (..., N)
         if carried.near is not None:
@@ -905,9 +913,11 @@ class Lookahead(Generator):
         self.beneath = nn.ModuleList([Root(trie)])
         for l in range(1, trie.L):
             self.beneath.append(Beneath(trie, l))
-        self.look = nn.Parameter(LOOK_SCALE * torch.eye(E).repeat(trie.L, 1, 1))  # W (L, E, E)
-        self.register_buffer("kept", torch.tensor(0.5))             # (), see settle
-        self.register_buffer("trust", torch.tensor(0.0))            # (), see settle
+        # W of each level, transposed: the vectors x are rows.
+        self.look = nn.Parameter(LOOK_SCALE * torch.eye(E).repeat(trie.L, 1, 1))  # (L, E, E)
+        # Set after training, on validation: how much of `own` a search keeps, and the weight of n.
+        self.register_buffer("kept", torch.tensor(0.5))             # ()
+        self.register_buffer("trust", torch.tensor(0.0))            # ()
 
     def tokens_of_an_item(self, D, L):
         """M: here a token is a modality."""
@@ -944,15 +954,15 @@ class Lookahead(Generator):
         return torch.stack(brought, 2).masked_fill(hidden.unsqueeze(3), 0)  # (B, T, D, E)
 
     def scores(self, x, l, node, carried):
-        """As above, plus log sum exp s over the items under k. -> (..., K)"""
-        question = x @ self.look[l]                                 # (..., E)
+        """z_l of Generator, plus log sum exp s over the items under k. -> (..., K)"""
+        question = x @ self.look[l]                                 # (..., E), W_l x
         if carried.bring is not None:
             question = question @ carried.bring                     # (..., X)
         z = super().scores(x, l, node, carried)                     # (..., K)
         return z + self.beneath[l](question, node, carried)         # (..., K)
 
     def tables(self):
-        """As above: the vectors of the items, which items lie under the nodes, and neighbours."""
+        """Besides: the vectors of the items, which items lie under the nodes, and neighbours."""
         parts = (self.beneath, self.neighbours)
         return [self.table, *[table for part in parts for table in part.buffers()]]
 
@@ -1002,7 +1012,7 @@ def beam_search(model, trie, history, beam, trace=None):
     device = history.device
     hidden = hidden_modalities(history, len(model.masks), masking=0)  # (B, T, D)
     carried = model.carried(history)
-    begin = model.begin(history, hidden, carried)[:, -1:]           # (B, 1, 1, E)
+    begin = model.begin(history, hidden, carried)[:, -1:]           # (B, 1, 1, E), or (1, 1, 1, 1)
     memory = model.memory(model.encode(history, hidden, carried))  # once a user: all beams ask it
     cross_bias = model.cross_bias(T, first=T - 1)                   # (H, L, T * M)
     caches = [Cache() for _ in model.decoder]
@@ -1041,8 +1051,8 @@ def beam_search(model, trie, history, beam, trace=None):
 
 
 # --- Ranking -------------------------------------------------------------------------------------
-# What users had before is not taken out of their lists, as in most papers on codes (what that
-# costs: tests/README.md).
+# As in most papers on codes, what users had before stays in their lists (what that costs:
+# tests/README.md).
 
 
 def events_at(data, start, T, args):

@@ -1493,8 +1493,12 @@ def events_of(user, data):
     return data["events"][data["offsets"][user]:data["offsets"][user + 1]]
 
 
-def bought_after(item, data):
-    """What three users had bought last when they bought this item, in training. -> list of lists"""
+def bought_before(item, data):
+    """Up to five items that each of three users took just before this one, in training.
+
+    -> list of lists
+    """
+    # Of a best seller a thousand events will do.
     rows = (data["events"] == item).nonzero()[:1000, 0]             # (n,)
     users = torch.searchsorted(data["offsets"], rows, right=True) - 1  # (n,)
     histories = []
@@ -1570,7 +1574,7 @@ class Slide:
 
 
 def draw_buyers(slide, y, item):
-    """The item: picture, title, text, and who buys it after what. -> y of what follows"""
+    """The item: picture, title, text, and what was bought before it. -> y of what follows"""
     data = slide.data
     y = slide.heading(y, "1  An item, and what was bought before it (training events)")
     slide.tiles(MARGIN, y, [item], 216)
@@ -1579,7 +1583,7 @@ def draw_buyers(slide, y, item):
     below = slide.write(x, y, title, 700, 32, 2) + 8
     below = slide.write(x, below, data["texts"][item], 700, lines=3) + 8
     slide.write(x, below, f"bought {data['train_counts'][item]:,} times in training")
-    for i, history in enumerate(bought_after(item, data)):
+    for i, history in enumerate(bought_before(item, data)):
         left = SLIDE - MARGIN - 134 - STEP * len(history)
         slide.then(left, y + 4 + 75 * i, history, item)
     return y + 236

@@ -878,7 +878,7 @@ def test_who_bought_it_after_what_is_of_training_alone():
     """Item 9 is bought first, in the middle, last of training, for validation and for the test."""
     histories = [[9, 1, 2, 3], [1, 2, 9, 3, 4], [1, 2, 3, 4, 5, 6, 9, 7, 8], [1, 2, 9, 3], [1, 2, 3, 9]]
     data = shop_of(histories) | {"has_image": torch.arange(N + 1) > 2}
-    assert evaluation.bought_after(9, data) == [[2, 3, 4, 5, 6], [1, 2]]
+    assert evaluation.bought_before(9, data) == [[2, 3, 4, 5, 6], [1, 2]]
 
 
 def test_of_the_items_that_begin_so_those_with_a_picture_come_first_then_the_most_bought(monkeypatch):
