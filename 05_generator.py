@@ -71,7 +71,7 @@ FARTHEST = 31            # items; all that lie so far back or farther share one 
 WARM_UP = 0.04           # share of the training in which the learning rate rises to --lr
 WEIGHT_DECAY = 0.01      # of AdamW
 LOOK_SCALE = 0.25        # --lookahead: W starts as this times the identity
-DRAWN_FROM = 20_000      # in shops of more items a step of training draws a sample of them,
+DRAWN_FROM = 20_000      # in shops of more items a step of training draws some of them,
 DRAWN = 8                # so many for each first code
 NEAR = 5                 # counted: items up to so many places apart, near so many last ones
 CLIP = 1.0               # a gradient that is longer is shortened to this
@@ -685,16 +685,17 @@ class Generator(nn.Module):
 #
 # In training `kept` is drawn for each step, so that all shares are known. Validation picks one.
 #
-# The v never change. So in training each question is brought to them, (W x) . P v = (P^T W x) . v,
-# and no step has to bring the vectors of all items to the width of the model. A search asks with
-# many beams: there it pays to bring the vectors, once.
+# In a large shop it would be most of the work to bring the vectors of all items to the width of the
+# model in every step of training. There each question is brought to the vectors, which never
+# change: (W x) . P v = (P^T W x) . v. A search asks with many beams, and brings the vectors, once.
 
 
 class Carried(NamedTuple):
     """What is known of the items besides codes, and P."""
     parts: list          # P of each modality: (E, its columns of the table)
-    table: torch.Tensor  # (N+1, X), v of all items; in the search (N+1, E), brought by the parts
-    bring: torch.Tensor  # (E, X), the parts side by side; in the search None
+    table: torch.Tensor  # what a question is multiplied with: (N+1, E), the vectors of all items
+    #                      as the parts bring them; or (N+1, X), as they are, and then
+    bring: torch.Tensor  # (E, X), the parts side by side, which bring the question; else None
     near: torch.Tensor   # (B, 1, N+1), trust * log(1 + 10 n) after each history; or None
 
 
@@ -925,14 +926,17 @@ class Lookahead(Generator):
 
     def carried(self, history):
         """The vectors of all items, and the counts after each history. -> Carried"""
+        kept = self.kept                                            # ()
         if self.training:
-            kept = torch.rand_like(self.kept)                       # ()
-            parts = [carry(kept) for carry in self.carry]           # (E, columns) each
-            return Carried(parts, self.table, torch.cat(parts, 1), None)
-        parts = [carry(self.kept) for carry in self.carry]          # (E, columns) each
-        table = self.table @ torch.cat(parts, 1).T                  # (N+1, E)
+            kept = torch.rand_like(kept)                            # ()
+        parts = [carry(kept) for carry in self.carry]               # (E, columns) each
+        whole = torch.cat(parts, 1)                                 # (E, X)
+        if self.training and len(self.table) > DRAWN_FROM:
+            return Carried(parts, self.table, whole, None)
+
+        table = self.table @ whole.T                                # (N+1, E)
         near = None
-        if self.trust > 0:
+        if not self.training and self.trust > 0:
             counts = self.neighbours(history).unsqueeze(1)          # (B, 1, N+1)
             near = self.trust * (10 * counts).log1p()               # (B, 1, N+1)
         return Carried(parts, table, None, near)

@@ -3,6 +3,7 @@
     python tests/bench.py                       # everything but the long ones: minutes
     python tests/bench.py training beam         # some parts
     python tests/bench.py quality scale         # the long ones, by name: hours, half an hour
+    python tests/bench.py lookahead             # what --lookahead costs in small and large shops
     python tests/bench.py gpu                   # by name, on a machine with a CUDA GPU: at most eight minutes
     python tests/bench.py gpu --device cpu --smoke    # the same where there is none: does the command work?
 

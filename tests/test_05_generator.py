@@ -380,13 +380,17 @@ def test_with_one_question_for_all_levels_the_tree_gives_the_softmax_over_all_it
 
 
 def test_training_brings_questions_to_the_vectors_and_a_search_the_vectors_to_questions(ahead, monkeypatch):
-    """The same scores either way; with a share that is kept, and counts not in use."""
-    _, _, model, _ = ahead
+    """In a large shop; the same scores either way, but of the root, where training draws."""
+    generator, _, model, _ = ahead
     monkeypatch.setattr(torch, "rand_like", lambda kept: kept)  # training keeps what the search keeps
     history, target = torch.randint(1, N + 1, (2, 3, T))                # (3, T) both
     search = model(history, target)                                     # (3, T, L, K)
-    training = model.train()(history, target)                           # (3, T, L, K)
-    torch.testing.assert_close(training, search, atol=1e-4, rtol=1e-4)
+    small = model.train()(history, target)                              # (3, T, L, K)
+    monkeypatch.setattr(generator, "DRAWN_FROM", N - 1)
+    large = model(history, target)                                      # (3, T, L, K)
+    torch.testing.assert_close(small, search, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(large[:, :, 1:], search[:, :, 1:], atol=1e-4, rtol=1e-4)
+    assert model.carried(history).table is model.table
 
 
 def test_of_a_large_shop_training_draws_some_items_of_each_first_code(ahead, monkeypatch):
@@ -394,8 +398,8 @@ def test_of_a_large_shop_training_draws_some_items_of_each_first_code(ahead, mon
     generator, codes, model, _ = ahead
     node = torch.zeros(1, 1, dtype=torch.long)
     question = torch.randn(1, 1, model.table.shape[1])                  # (1, 1, X)
-    carried = model.train().carried(None)
-    root = model.beneath[0]
+    carried = generator.Carried([], model.table, None, None)
+    root = model.train().beneath[0]
     exact = root(question, node, carried)[0, 0]                         # (K,)
     monkeypatch.setattr(generator, "DRAWN_FROM", N - 1)
     monkeypatch.setattr(generator, "DRAWN", 50_000)
