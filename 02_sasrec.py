@@ -750,8 +750,8 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         place = torch.arange(int(length[batch[0]]) + 1)                 # (T+1,)
         share = batch[args.rank::args.world]                            # (B,) of this process
         events = data["events"][start[share, None] + place]             # (B, T+1)
-        # The processor does not wait until they are there: it goes on to plan the GPU's next work.
-        events = events.long().to(args.device, non_blocking=True)       # (B, T+1)
+        # The processor does not wait for a CUDA GPU: it goes on to plan its next work.
+        events = events.long().to(args.device, non_blocking=args.device == "cuda")  # (B, T+1)
         # The cuts of long histories move, so epochs differ in steps: count within this epoch.
         progress = (epoch + (number + 0.5) / len(batches)) / args.epochs
         lr = learning_rate(args.lr, progress)

@@ -235,11 +235,13 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, E, patch, patch)})
         self.blocks = nn.ModuleList(Block(E) for _ in range(depth))
         self.norm = nn.LayerNorm(E, eps=1e-6)
+        mean = torch.tensor(MEAN).view(3, 1, 1)                     # (3, 1, 1), of the channels
+        std = torch.tensor(STD).view(3, 1, 1)                       # (3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, x):
-        mean = torch.tensor(MEAN, device=x.device).view(3, 1, 1)    # (3, 1, 1)
-        std = torch.tensor(STD, device=x.device).view(3, 1, 1)      # (3, 1, 1)
-        x = (x - mean) / std                                        # (n, 3, S, S)
+        x = (x - self.mean) / self.std                              # (n, 3, S, S)
 
         # The convolution moves by whole patches, of which s lie along a side: a vector for each.
         x = self.patch_embed["proj"](x)                             # (n, E, s, s)
@@ -393,10 +395,10 @@ class ResidualQuantiser(nn.Module):
             sums.index_add_(0, code, residual, alpha=1 - decay)     # (K, d)
 
             # A centroid without members would stay where no vector is, and its code unused. It
-            # starts anew at a vector of this batch, which has no order: number k at the k-th. [15]
+            # starts anew at a vector of this batch: K of them, spread over the rows, wait.  [15]
             dead = members < DEAD                                   # (K,)
             place = torch.arange(len(members), device=residual.device)  # (K,)
-            anew = residual[place % len(residual)]                  # (K, d)
+            anew = residual[place * len(residual) // len(members)]  # (K, d)
             sums.copy_(torch.where(dead.unsqueeze(1), anew, sums))  # (K, d)
             members.masked_fill_(dead, 1)                           # (K,)
 
@@ -664,8 +666,9 @@ def views_of(pictures, B, V, vit, rng):
     # whoever has it.
     draws = draw_views(V, B, rng)[:, my_share()]                    # (V, b, 12)
     device = vit.cls_token.device
-    draws = draws.to(device, non_blocking=True)                     # (V, b, 12)
-    pictures = pictures.to(device, non_blocking=True) / 255         # (b, 3, S, S)
+    on_gpu = device.type == "cuda"  # that fetches them while the processor goes on
+    draws = draws.to(device, non_blocking=on_gpu)                   # (V, b, 12)
+    pictures = pictures.to(device, non_blocking=on_gpu) / 255       # (b, 3, S, S)
     return make_views(pictures, draws, vit.size, vit.patch)
 
 

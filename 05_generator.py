@@ -358,8 +358,8 @@ def attention(queries, keys, values, bias):
 
 
 def fused_attention(queries, keys, values, bias):
-    """The same by a kernel of torch's, as in 02. On a GPU the scores, n by m, are never written to
-    memory. With a bias that learns torch has no such kernel on CPUs: this is slower there.
+    """The same by a kernel of torch's, as in 02. On a GPU its way forward never writes the scores,
+    n by m, to memory. With a bias that learns torch has none for CPUs: this is slower there.
     """
     bias = bias.to(queries.dtype)                                   # (..., H, n, m)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=1.0)
@@ -819,7 +819,7 @@ class Root(nn.Module):
         members = code.bincount(minlength=trie.K)                   # (K,)
         self.trie = trie
         self.K = trie.K
-        self.register_buffer("code", code.to(torch.int16), persistent=False)
+        self.register_buffer("code", code.int(), persistent=False)
         self.register_buffer("members", members, persistent=False)
         self.register_buffer("begin", members.cumsum(0) - members, persistent=False)
 
@@ -831,10 +831,11 @@ class Root(nn.Module):
         if self.training and len(self.code) > DRAWN_FROM:
             # A sum over n items is n times the mean over some of them, drawn by chance.
             by_chance = torch.rand(self.K, DRAWN, device=question.device)  # (K, DRAWN)
-            place = self.begin.unsqueeze(1) + by_chance * self.members.unsqueeze(1)  # (K, DRAWN)
-            # A code without items draws the next one's, and counts none.
-            place = place.long().clamp(max=len(self.code) - 1)      # (K, DRAWN)
-            item = self.trie.leaf_item[place]                       # (K, DRAWN)
+            members = self.members.unsqueeze(1)                     # (K, 1)
+            among = (by_chance * members).long()                    # (K, DRAWN)
+            place = self.begin.unsqueeze(1) + torch.minimum(among, members - 1)  # (K, DRAWN)
+            # A code without items draws another one's, and counts none.
+            item = self.trie.leaf_item[place.clamp(min=0)]          # (K, DRAWN)
             score = question @ carried.table[item.flatten()].T      # (..., K * DRAWN)
             score = score.float().unflatten(-1, item.shape)         # (..., K, DRAWN)
             times = self.members.float().clamp(min=1e-30) / DRAWN   # (K,)
@@ -865,7 +866,7 @@ class Beneath(nn.Module):
         self.K = trie.K
         # As few bytes as hold them: in a large shop these tables are large.
         self.register_buffer("item", item.int(), persistent=False)
-        self.register_buffer("code", code.to(torch.int16), persistent=False)
+        self.register_buffer("code", code.int(), persistent=False)
 
     def forward(self, question, node, carried):
         """log sum exp s over the items under each child of a node.
@@ -1063,8 +1064,8 @@ def events_at(data, start, T, args):
     """T events in a row, of each of B users. start: (B,), the first of them -> items (B, T)"""
     place = torch.arange(T)                                         # (T,)
     events = data["events"][start.unsqueeze(1) + place]             # (B, T)
-    # The processor does not wait until they are there: it goes on to plan the GPU's next work.
-    return events.long().to(args.device, non_blocking=True)         # (B, T)
+    # The processor does not wait for a CUDA GPU: it goes on to plan its next work.
+    return events.long().to(args.device, non_blocking=args.device == "cuda")  # (B, T)
 
 
 def recommend(model, trie, data, split, users, args):
@@ -1085,6 +1086,8 @@ def recommend(model, trie, data, split, users, args):
     at_once = RANKED_EVENTS
     if args.device == "cuda":
         at_once = 16 * RANKED_EVENTS  # else most of its cores would have nothing to do
+        if args.lookahead:  # N scores for each user, a few times
+            at_once = min(at_once, max(1, 2 ** 28 // len(trie.leaf_item)))
     batches = equal_length_batches(length, at_once)
     for rows in progress(batches[args.rank::args.world], split, args):
         T = int(length[rows[0]])

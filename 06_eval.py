@@ -1557,7 +1557,7 @@ class Slide:
         # Pictures say more than grey: items that have one come first.
         grey = (~self.data["has_image"][items]).int()               # (n,)
         room = width - 76  # beside the prefix a probability may stand, beside pictures a number
-        shown = items[grey.argsort(stable=True)][:room // STEP]     # (shown,)
+        shown = items[grey.argsort(stable=True)][:max(0, room // STEP)]  # (shown,)
 
         self.write(x, y, ", ".join(map(str, prefix)), room)
         after = self.tiles(x, y + 32, shown.tolist())

@@ -873,6 +873,15 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(smoke, tmp_pat
     assert torch.allclose(one["scores"], two["scores"], atol=1e-2)
 
 
+def test_two_processes_look_ahead(smoke, tmp_path):
+    """Its tables are of types that processes can send each other, and each user gets a list."""
+    run = links(smoke, tmp_path / "run")
+    process = run_script(5, "--run", run, "--smoke", "--device", "cpu", "--name", "lookahead", "--lookahead",
+                         processes=2)
+    assert process.returncode == 0, process.stderr
+    assert load(run / "predictions-lookahead-s0.pt")["test"][:, 0].min() > 0
+
+
 def test_two_processes_with_dropout_and_masking_learn_as_well_as_one(smoke, tmp_path):
     """Other random numbers, so other losses, but within noise of each other."""
     links(smoke, tmp_path)
