@@ -133,6 +133,14 @@ def equal_length_batches(lengths, batch_events):
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
+def events_at(data, start, T, args):
+    """T events in a row, of each of B users. start: (B,), the first of them -> items (B, T)"""
+    place = torch.arange(T)                                         # (T,)
+    events = data["events"][start.unsqueeze(1) + place]             # (B, T)
+    # The processor does not wait for a CUDA GPU: it goes on to plan its next work.
+    return events.long().to(args.device, non_blocking=args.device == "cuda")  # (B, T)
+
+
 # --- The model -----------------------------------------------------------------------------------
 # A causal transformer: the vector at place t has seen the items up to t, and nothing later.
 
@@ -395,9 +403,9 @@ def recommend(model, data, split, users, top, args):
     torch.manual_seed(0)  # the same batches each time, so the same rounding and the same bits
     batches = equal_length_batches(length, RANKED_EVENTS)
     for batch in batches[args.rank::args.world]:
-        place = torch.arange(length[batch[0]])                          # (T,)
-        history = data["events"][start[batch, None] + place]            # (B, T)
-        last = model(history.to(args.device))[:, -1]                    # (B, E)
+        T = int(length[batch[0]])
+        history = events_at(data, start[batch], T, args)                # (B, T)
+        last = model(history)[:, -1]                                    # (B, E)
         for rows, hidden in zip(batch.split(at_once), last.split(at_once)):
             best = model.score(hidden, vectors).topk(top)               # (256, top)
             items[rows] = (best.indices + 1).int().cpu()  # item 0 is padding
@@ -747,16 +755,14 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
     began = time.time()
     bar = tqdm(todo, shown, leave=False, disable=None)  # None: only on a terminal
     for number, batch in enumerate(bar):
-        place = torch.arange(int(length[batch[0]]) + 1)                 # (T+1,)
+        T = int(length[batch[0]])
         share = batch[args.rank::args.world]                            # (B,) of this process
-        events = data["events"][start[share, None] + place]             # (B, T+1)
-        # The processor does not wait for a CUDA GPU: it goes on to plan its next work.
-        events = events.long().to(args.device, non_blocking=args.device == "cuda")  # (B, T+1)
+        events = events_at(data, start[share], T + 1, args)             # (B, T+1)
         # The cuts of long histories move, so epochs differ in steps: count within this epoch.
         progress = (epoch + (number + 0.5) / len(batches)) / args.epochs
         lr = learning_rate(args.lr, progress)
         total += train_step(model, replica, optimizer, lr, events, log_q, args)  # ()
-        targets += len(batch) * (len(place) - 1)
+        targets += len(batch) * T
         # What is no number once stays none. To look, the processor waits for the GPU: so seldom.
         if number % 100 == 0 or number == len(todo) - 1:
             if not total.isfinite():

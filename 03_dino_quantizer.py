@@ -395,7 +395,7 @@ class ResidualQuantiser(nn.Module):
             sums.index_add_(0, code, residual, alpha=1 - decay)     # (K, d)
 
             # A centroid without members would stay where no vector is, and its code unused. It
-            # starts anew at a vector of this batch: K of them, spread over the rows, wait.  [15]
+            # starts anew at a vector of this batch, centroid k of K at a share k / K of it.  [15]
             dead = members < DEAD                                   # (K,)
             place = torch.arange(len(members), device=residual.device)  # (K,)
             anew = residual[place * len(residual) // len(members)]  # (K, d)

@@ -148,6 +148,14 @@ def equal_length_batches(lengths, batch_events):
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
+def events_at(data, start, T, args):
+    """T events in a row, of each of B users. start: (B,), the first of them -> items (B, T)"""
+    place = torch.arange(T)                                         # (T,)
+    events = data["events"][start.unsqueeze(1) + place]             # (B, T)
+    # The processor does not wait for a CUDA GPU: it goes on to plan its next work.
+    return events.long().to(args.device, non_blocking=args.device == "cuda")  # (B, T)
+
+
 # --- The prefix tree of all item codes -----------------------------------------------------------
 # Most sequences of codes belong to no item. The tree (a trie) knows which ones do.
 #
@@ -691,11 +699,14 @@ class Generator(nn.Module):
 
 
 class Carried(NamedTuple):
-    """What is known of the items besides codes, and P."""
-    parts: list          # P of each modality: (E, its columns of the table)
-    table: torch.Tensor  # what a question is multiplied with: (N+1, E), the vectors of all items
-    #                      as the parts bring them; or (N+1, X), as they are, and then
-    bring: torch.Tensor  # (E, X), the parts side by side, which bring the question; else None
+    """What is known of the items besides codes, and P.
+
+    Questions are multiplied with `table`. It holds P v of all items, (N+1, E), and `bring` is None;
+    or it holds v, (N+1, X), and `bring` is P, (E, X), which brings questions there.
+    """
+    parts: list          # P of each modality: (E, its columns of v)
+    table: torch.Tensor
+    bring: torch.Tensor
     near: torch.Tensor   # (B, 1, N+1), trust * log(1 + 10 n) after each history; or None
 
 
@@ -814,12 +825,10 @@ class Root(nn.Module):
 
     def __init__(self, trie):
         super().__init__()
-        code = trie.codes[1:, 0].cpu()                              # (N,)
-        # The leaves of a first code stand side by side: so many `members`, from `begin` on.
-        members = code.bincount(minlength=trie.K)                   # (K,)
         self.trie = trie
-        self.K = trie.K
-        self.register_buffer("code", code.int(), persistent=False)
+        self.code = trie.codes[1:, 0]                               # (N,)
+        # The leaves of a first code stand side by side: so many `members`, from `begin` on.
+        members = self.code.bincount(minlength=trie.K)              # (K,)
         self.register_buffer("members", members, persistent=False)
         self.register_buffer("begin", members.cumsum(0) - members, persistent=False)
 
@@ -828,9 +837,10 @@ class Root(nn.Module):
 
         question: as wide as the table, (..., X or E), node: not used -> (..., K), very low for none
         """
+        K = self.trie.K
         if self.training and len(self.code) > DRAWN_FROM:
             # A sum over n items is n times the mean over some of them, drawn by chance.
-            by_chance = torch.rand(self.K, DRAWN, device=question.device)  # (K, DRAWN)
+            by_chance = torch.rand(K, DRAWN, device=question.device)  # (K, DRAWN)
             members = self.members.unsqueeze(1)                     # (K, 1)
             among = (by_chance * members).long()                    # (K, DRAWN)
             place = self.begin.unsqueeze(1) + torch.minimum(among, members - 1)  # (K, DRAWN)
@@ -844,8 +854,7 @@ class Root(nn.Module):
         score = question @ carried.table[1:].T                      # (..., N)
         if carried.near is not None:
             score = score + carried.near[..., 1:]                   # (..., N)
-        code = self.code.long().expand(score.shape)                 # (..., N)
-        return log_sums(score, code, self.K)                        # (..., K)
+        return log_sums(score, self.code.expand(score.shape), K)    # (..., K)
 
 
 class Beneath(nn.Module):
@@ -1058,14 +1067,6 @@ def beam_search(model, trie, history, beam, trace=None):
 # --- Ranking -------------------------------------------------------------------------------------
 # As in most papers on codes, what users had before stays in their lists (what that costs:
 # tests/README.md).
-
-
-def events_at(data, start, T, args):
-    """T events in a row, of each of B users. start: (B,), the first of them -> items (B, T)"""
-    place = torch.arange(T)                                         # (T,)
-    events = data["events"][start.unsqueeze(1) + place]             # (B, T)
-    # The processor does not wait for a CUDA GPU: it goes on to plan its next work.
-    return events.long().to(args.device, non_blocking=args.device == "cuda")  # (B, T)
 
 
 def recommend(model, trie, data, split, users, args):

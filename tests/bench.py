@@ -1378,7 +1378,8 @@ def bench_gpu(device="cuda", smoke=False):
            f"users and {PAPER_EVENTS:,} events (the shop of `scale`), so {PAPER_TARGETS:,} targets an epoch, with the "
            "scripts' default epochs.")
     yield ("Operations: of products of matrices, twice their multiply-adds; training has three times those of the way "
-           "forward. Not counted: tables of items that AdamW changes in every step.")
+           "forward. Not counted: tables of items that AdamW changes in every step; with --lookahead in a small shop "
+           "the product that brings the vectors of all items to the width of the model, once a step.")
     yield (f"Batch: targets (whole histories of {T}, so 128 are 120), users, pictures, pairs. Peak GiB: what "
            "PyTorch held at most, of model, optimizer and step. In 02 bf16 is for the scores of items alone.")
     # The seconds of each; what it has begun by then is measured still.
@@ -1584,12 +1585,14 @@ def generator_training(machine, N, shape, *options):
     slots = D if args.lookahead else M
     forward = multiply_adds(T, shape, slots) / T
     if args.lookahead:
-        # At each level a question, brought to the table, and its products with the items that can lie under a node.
+        # At each level a question, and its products with the items that can lie under a node.
         E = shape["width"]
-        X = model.table.shape[1]
-        items = min(N, K * five.DRAWN if N > five.DRAWN_FROM else N)  # at the root
-        items += sum(beneath.item.shape[1] for beneath in model.beneath[1:])
-        forward += L * (E * E + E * X) + items * X
+        items = sum(beneath.item.shape[1] for beneath in model.beneath[1:])
+        if N > five.DRAWN_FROM:  # questions are brought to the vectors, and the root draws some items
+            X = model.table.shape[1]
+            forward += L * (E * E + E * X) + (items + K * five.DRAWN) * X
+        else:
+            forward += L * E * E + (items + N) * E
     training = args.epochs * PAPER_TARGETS if N == machine.sizes.many else 0
     return Work(rate, "targets", args.bf16, 2 * 3 * forward, training)
 
