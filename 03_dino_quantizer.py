@@ -779,7 +779,7 @@ def nearest(x, codebook):
 
 
 def kmeans(x, K, rng, steps=15):
-    """Lloyd's algorithm: vectors join the nearest centroid, centroids move to their members' mean.
+    """K centroids for x. Where they end depends on where they start: of ten ends, the best goes on.
 
     x: (n, d), rng: torch.Generator -> codebook (K, d)
     """
@@ -788,17 +788,34 @@ def kmeans(x, K, rng, steps=15):
     order = torch.randperm(max(len(x), K), generator=rng)           # (max(n, K),)
     x = x[order[:1024 * K] % len(x)]                                # (sample, d)
 
-    codebook = x[:K]                                                # (K, d)
+    few = x[:64 * K]                                                # (few, d): enough to choose by
+    ends = []
+    for _ in range(10):
+        start = torch.randperm(len(few), generator=rng)[:K]         # (K,)
+        ends.append(lloyd(few, few[start], steps))
+    codebook = min(ends, key=lambda end: squared_error(few, end).sum())  # (K, d)
+    return lloyd(x, codebook, steps)
+
+
+def squared_error(x, codebook):
+    """How far each vector is from its nearest centroid, squared. x: (n, d) -> (n,)"""
+    return (x - codebook[nearest(x, codebook)]).square().sum(1)     # (n,)
+
+
+def lloyd(x, codebook, steps):
+    """Lloyd's algorithm: vectors join the nearest centroid, centroids move to their members' mean.
+
+    x: (n, d), codebook: (K, d), where it starts -> (K, d)
+    """
     for _ in range(steps):
-        codes = nearest(x, codebook)                                # (sample,)
-        members = torch.bincount(codes, minlength=K)                # (K,)
+        codes = nearest(x, codebook)                                # (n,)
+        members = torch.bincount(codes, minlength=len(codebook))    # (K,)
         sums = torch.zeros_like(codebook).index_add_(0, codes, x)   # (K, d)
 
         # A centroid without members restarts at the vector that is served worst.  [8]
         empty = (members == 0).nonzero()[:, 0]                      # (empty,)
         if len(empty):
-            error = (x - codebook[codes]).square().sum(1)           # (sample,)
-            worst = error.topk(len(empty)).indices                  # (empty,)
+            worst = squared_error(x, codebook).topk(len(empty)).indices  # (empty,)
             sums[empty] = x[worst]                                  # (empty, d)
             members[empty] = 1                                      # (empty,)
 

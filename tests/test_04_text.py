@@ -644,6 +644,20 @@ def test_very_few_texts_get_codes(tmp_path, titles):
 # --- Codes ---------------------------------------------------------------------------------------
 
 
+def test_ten_starts_find_what_one_start_misses():
+    """Nine heaps on a grid, nine centroids: where two of them start in one heap, they mostly stay there."""
+    found = {"one": 0, "ten": 0}
+    for seed in range(8):
+        rng = torch.Generator().manual_seed(seed)
+        heaps = 10 * torch.cartesian_prod(*[torch.arange(3.0)] * 2).repeat(40, 1)  # (360, 2)
+        x = heaps + torch.randn(360, 2, generator=rng)                             # (360, 2)
+        start = torch.randperm(360, generator=rng)[:9]                             # (9,)
+        ends = {"one": text.lloyd(x, x[start], 15), "ten": text.kmeans(x, 9, rng)}
+        for name, codebook in ends.items():
+            found[name] += text.squared_error(x, codebook).mean() < 3  # variance 1 in each of two directions
+    assert found["one"] <= 2 and found["ten"] >= 6
+
+
 def test_each_level_cuts_what_the_one_before_has_left():
     """Sums of one of +-100, one of +-10 and one of +-1: three codebooks of two find all three."""
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)                 # (8, 3)

@@ -43,7 +43,7 @@ VARIANTS = {
 }
 BASE = "lamia-base"
 TURNS = 200  # of the rotation
-ROUGH = 2    # steps of k-means before each of them
+ROUGH = 2    # steps of Lloyd's algorithm before each of them
 
 
 def columns(x):
@@ -51,11 +51,17 @@ def columns(x):
     return torch.arange(x.shape[1]).chunk(3)
 
 
-def parallel_kmeans(x, K, rng, steps=15):
+def rough_kmeans(x, K, rng):
+    """A codebook that is other in every call: a good one would keep a rotation where it began."""
+    start = torch.randint(len(x), (K,), generator=rng)          # (K,)
+    return four.lloyd(x, x[start], ROUGH)                       # (K, d)
+
+
+def parallel_kmeans(x, K, rng, kmeans=four.kmeans):
     """A codebook for each head, 0 in the columns of the others. (n, d) -> (3, K, d)"""
     codebooks = torch.zeros(3, K, x.shape[1])                   # (3, K, d)
     for codebook, own in zip(codebooks, columns(x)):
-        codebook[:, own] = four.kmeans(x[:, own], K, rng, steps)  # (K, own)
+        codebook[:, own] = kmeans(x[:, own], K, rng)        # (K, own)
     return codebooks
 
 
@@ -64,9 +70,8 @@ def learn_heads(x, K, rng, turns):
     d = x.shape[1]
     R = torch.linalg.qr(torch.randn(d, d, generator=rng)).Q     # (d, d) any rotation
     for _ in range(turns):
-        # Rough codebooks, from other vectors each time: good ones would keep R where it began.
         heads = x @ R.T                                         # (n, d)
-        codebooks = parallel_kmeans(heads, K, rng, ROUGH)       # (3, K, d)
+        codebooks = parallel_kmeans(heads, K, rng, rough_kmeans)  # (3, K, d)
         _, residual = four.quantise(heads, codebooks)           # (n, d)
         # The rotation that brings x nearest to what the codes say of it (Procrustes' problem).
         left, _, right = torch.linalg.svd((heads - residual).T @ x)  # (d, d) both
