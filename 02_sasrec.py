@@ -2,7 +2,7 @@
 
 SASRec (Kang and McAuley, 2018) turns a history into a vector, whose inner product with the
 embedding e_i of item i is the score of i as the next item; it learns from the training events,
-which are all of a user's but the last two. The learning rate falls to zero over a stated number of
+which are all of a user's but the last two. The learning rate ends at zero after a stated number of
 epochs; the epoch is kept that is best on validation. Its recommendations are the baseline of this
 repository. Residual k-means then cuts each embedding into codes, the collaborative modality of
 MSCGRec (arXiv 2602.03713): r_0 = e_i;  c_l = argmin_k ||r_{l-1} - C_l[k]||^2;
@@ -134,7 +134,7 @@ def equal_length_batches(lengths, batch_events):
 
 
 def events_at(data, start, T, args):
-    """T events in a row, of each of B users. start: (B,), the first of them -> items (B, T)"""
+    """T events in a row, from each of B places. start: (B,), the first of them -> items (B, T)"""
     place = torch.arange(T)                                         # (T,)
     events = data["events"][start.unsqueeze(1) + place]             # (B, T)
     # The processor does not wait for a CUDA GPU: it goes on to plan its next work.
@@ -196,11 +196,11 @@ def normed(x):
 class SASRec(nn.Module):
     """Reads histories and says at each place which item may come next.
 
-    The score of an item is the inner product of the output there with the item's vector: the same
-    vectors that go in. content: (N+1, d), what else is known of the items (`--content`); a
+    The score of an item is the inner product of the output there with the item's vector, the same
+    that goes in (there normed). content: (N+1, d), what else is known of the items (`--content`); a
     projection of it is added to their embeddings.
     """
-    block = Block
+    block = Block  # PostNormSASRec takes another one
 
     def __init__(self, N, T, E, H, layers, dropout, content=None):
         super().__init__()
@@ -254,7 +254,7 @@ class SASRec(nn.Module):
 
 
 def initialise(module):
-    """Small random weights, as in GPT-2: the first loss is near that of a uniform guess."""
+    """Small random weights: the first loss is near that of a uniform guess. Biases: PyTorch's."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
 
@@ -312,7 +312,7 @@ def sampled_cross_entropy(hidden, vectors, target, log_q):
 
     The denominator is the target's own term plus the terms of all other items. Their sum is
     estimated from NEGATIVES items j, drawn with the probability q_j, their share of the training
-    events: the mean of exp(score_j) / q_j over the draws is on average the sum over all items.
+    events: the mean of exp(score_j) / q_j over the draws is on average the sum over all of them.
     Without 1 / q_j popular items, which are drawn more often, would be pushed down more often
     (log-Q correction: importance sampling, Bengio and Senecal, 2008). An item without training
     events is never drawn: it is not in the sum.
@@ -394,7 +394,7 @@ def recommend(model, data, split, users, top, args):
     model.eval()
     items = torch.zeros(len(users), top, dtype=torch.int32)             # (n, top)
     scores = torch.zeros(len(users), top)                               # (n, top)
-    vectors = model.vectors()[1:].T                                     # (E, N)
+    table = model.vectors()[1:].T                                       # (E, N)
     # 256 users at once: their scores stay in the cache. A GPU has more to do at once.
     at_once = 2048 if args.device == "cuda" else 256
 
@@ -407,7 +407,7 @@ def recommend(model, data, split, users, top, args):
         history = events_at(data, start[batch], T, args)                # (B, T)
         last = model(history)[:, -1]                                    # (B, E)
         for rows, hidden in zip(batch.split(at_once), last.split(at_once)):
-            best = model.score(hidden, vectors).topk(top)               # (256, top)
+            best = model.score(hidden, table).topk(top)                 # (256, top)
             items[rows] = (best.indices + 1).int().cpu()  # item 0 is padding
             scores[rows] = best.values.cpu()
     # Each process filled the rows of its own users, the rest are 0: the sum has all rows.
@@ -537,8 +537,10 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
-    # An item without a vector gets random codes: it may still be a target.
+    # An item without a vector gets random codes, as it may still be a target, and is the first to
+    # move where there is no room.
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
+    residual[~known] = math.inf                                     # (N+1, d)
 
     # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)           # (N+1,)
@@ -754,7 +756,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
     torch.manual_seed(1000 * args.seed + epoch)  # the same batches in all processes
     start, length = training_windows(data["offsets"], args.length)      # (W,) both
     batches = equal_length_batches(length, args.batch * args.world)
-    if args.rank > 0:  # but dropout of its own in each
+    if args.rank > 0:  # but dropout of its own in each: process 3 takes the third number as seed
         own_seed = torch.randint(2 ** 31, (args.rank,))[-1]             # ()
         torch.manual_seed(own_seed.item())
     counts = data["train_counts"].to(args.device)                       # (N+1,)
@@ -764,7 +766,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
 
     model.train()
     total = torch.zeros((), device=args.device)                         # ()
-    targets = 0
+    done = 0  # targets
     todo = batches
     if args.max_steps:
         todo = batches[:args.max_steps]
@@ -779,7 +781,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         progress = (epoch + (number + 0.5) / len(batches)) / args.epochs
         lr = learning_rate(args.lr, progress)
         total += train_step(model, replica, optimizer, lr, events, log_q, args)  # ()
-        targets += len(batch) * T
+        done += len(batch) * T
         # What is no number once stays none. To look, the processor waits for the GPU: so seldom.
         if number % 100 == 0 or number == len(todo) - 1:
             if not total.isfinite():
@@ -790,7 +792,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
         print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
     # A very small shop may have no training target.
-    return add_up(total).item() / max(1, targets)
+    return add_up(total).item() / max(1, done)
 
 
 def train_step(model, replica, optimizer, lr, events, log_q, args):

@@ -3,9 +3,10 @@
 DINO trains a student to say of one crop of a picture what a teacher, the student's running
 average, says of another: no labels. Here a residual quantiser sits between the student's ViT and
 head, so that three codes must carry the answer (MSCGRec, arXiv 2602.03713, the image modality):
-loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d;  r_0 = z, the ViT's vector;
-r_l = r_{l-1} - C_l[c_l], with C_l the codebook and c_l the code of level l; sg: no gradient passes.
-Two parts of DINOv2 keep it awake in a few hundred steps: Sinkhorn's centring, and KoLeo.
+loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d + .1 KoLeo, means over views and
+pictures;  r_0 = z, the ViT's vector;  r_l = r_{l-1} - C_l[c_l], with C_l the codebook and c_l the
+code of level l; sg: no gradient passes. KoLeo, and Sinkhorn's centring inside L_DINO, are DINOv2's:
+they keep it from saying the same of all pictures.
 
     python 03_dino_quantizer.py                    # after 01_data.py
     python 03_dino_quantizer.py --plain            # control: DINO, then residual k-means
@@ -22,7 +23,7 @@ reads   data.pt, images.pt
 writes  dino.pt
           teacher           dict                    backbone.* (public names: for --init), head.*
           losses            float32 (epochs)        L_DINO, nats
-          teacher_entropy   float32 (epochs)        nats; near log O or 0: collapse
+          teacher_entropy   float32 (epochs)        nats; near log O: collapse
           seconds           float                   of training
           options           dict                    the options of this run
         image_codes.pt
@@ -63,7 +64,7 @@ STD = (0.229, 0.224, 0.225)   # their deviation
 CODEBOOK_DECAY = 0.95         # what stays of a centroid in a step: it averages about 20 batches
 DEAD = 0.05                   # with fewer members a batch, on average, a centroid starts anew
 STUDENT_TEMP = 0.1            # tau_s: outputs are divided by it before the softmax
-TEACHER_TEMP = 0.015          # tau_t: published .04 to .07; few steps make few differences
+TEACHER_TEMP = 0.015          # tau_t: published .04 to .07; after few steps pictures differ little
 SINKHORN = 3                  # rounds of centring
 KOLEO = 0.1                   # weight of the term that keeps vectors apart
 BETA = 0.25                   # weight of the commitment term
@@ -112,9 +113,8 @@ def crops(x, size, scale, draws):
     # The view shows a window of the picture. If the window has `side` times the picture's width and
     # height, it has side^2 of its area: the smallest share at area = -1, the largest at 1.
     smallest, largest = scale
-    both = smallest + largest
-    share = (both + (largest - smallest) * area) / 2                # (n,)
-    side = share.sqrt()                                             # (n,)
+    between = (1 + area) / 2                                        # (n,) 0 to 1
+    side = (smallest + between * (largest - smallest)).sqrt()       # (n,)
 
     # Then it is stretched, up to width / height = 3/4 or 4/3, of which `root` is the square root.
     # Coordinates run from -1 (left, top) to 1 (right, bottom): in them half the width of the
@@ -144,8 +144,10 @@ def crops(x, size, scale, draws):
     # White balance: each of the three channels has a light of its own.
     x = x * (1 + BALANCE * balance)[:, :, None, None]               # (n, 3, size, size)
 
-    # A pixel is the mean of its view + what its own grey adds + what its colour adds. Saturation
-    # scales the last of the three (in grey views by 0), contrast the last two, light all of them.
+    # A pixel is the mean of its view + what its own grey adds + what its colour adds:
+    #     x = mean + (grey - mean) + (x - grey)
+    # Saturation scales the last of the three (in grey views by 0), contrast the last two, light
+    # all of them.
     grey = x.mean(1, keepdim=True)                                  # (n, 1, size, size)
     mean = x.mean((1, 2, 3), keepdim=True)                          # (n, 1, 1, 1)
     saturation = (1 + JITTER * saturation).masked_fill(grey_view, 0)  # (n,)
@@ -257,17 +259,17 @@ class VisionTransformer(nn.Module):
         return self.norm(x[:, 0])                                   # (n, E)
 
 
-def resample(pos_embed, side):
-    """Embeddings of the places of s x s patches, stretched to side x side: local crops have fewer.
+def resample(pos_embed, s):
+    """Embeddings of the places of all patches, stretched to s x s of them: local crops have fewer.
 
-    pos_embed: (1, 1 + s*s, E), that of [CLS] first -> (1, 1 + side*side, E)
+    pos_embed: (1, 1 + patches, E), that of [CLS] first -> (1, 1 + s*s, E)
     """
-    stored = math.isqrt(pos_embed.shape[1] - 1)  # s
-    grid = pos_embed[:, 1:].transpose(1, 2)                         # (1, E, s*s)
-    grid = grid.unflatten(2, (stored, stored))                      # (1, E, s, s)
-    grid = F.interpolate(grid, (side, side), mode="bicubic")        # (1, E, side, side)
-    grid = grid.flatten(2).transpose(1, 2)                          # (1, side*side, E)
-    return torch.cat([pos_embed[:, :1], grid], 1)                   # (1, 1 + side*side, E)
+    side = math.isqrt(pos_embed.shape[1] - 1)  # patches are side * side
+    grid = pos_embed[:, 1:].transpose(1, 2)                         # (1, E, patches)
+    grid = grid.unflatten(2, (side, side))                          # (1, E, side, side)
+    grid = F.interpolate(grid, (s, s), mode="bicubic")              # (1, E, s, s)
+    grid = grid.flatten(2).transpose(1, 2)                          # (1, s*s, E)
+    return torch.cat([pos_embed[:, :1], grid], 1)                   # (1, 1 + s*s, E)
 
 
 def load_backbone(path, size):
@@ -297,6 +299,7 @@ def load_backbone(path, size):
 
 
 def check_sizes(size, patch, E):
+    """Ends the script where a ViT cannot have these sizes."""
     heads = number_of_heads(E)
     if size % patch or E % heads:
         fail(f"Patches of {patch} must tile crops of {size}, and {heads} heads a width of {E}.")
@@ -364,20 +367,17 @@ class ResidualQuantiser(nn.Module):
 
     def forward(self, z):
         """z: (n, d) -> z_q (n, d), commitment sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d of all n ()"""
-        # Codes have no gradient: nothing need be remembered for it.
-        codes, _ = quantise(z.detach(), self.codebooks)             # (n, 3)
-        chosen = []
-        for codebook, code in zip(self.codebooks, codes.T):
-            chosen.append(codebook[code])                           # (n, d)
-
-        # z as the first code alone describes it, as the first two do, and as all three do.
-        partial = torch.stack(chosen).cumsum(0)                     # (3, n, d)
-        z_q = partial[2]                                            # (n, d)
-
-        # What l codes leave of z is r_l = r_{l-1} - C_l[c_l]. We take the mean of its squares over
-        # d, not their sum, so that one beta is right for all widths.
-        residuals = z - partial                                     # (3, n, d)
-        commitment = residuals.square().mean(2).sum()               # ()
+        residual = z                                                # (n, d)
+        z_q = torch.zeros_like(z)                                   # (n, d)
+        commitment = 0.0
+        for codebook in self.codebooks:
+            code = nearest(residual.detach(), codebook)             # (n,)
+            centroid = codebook[code]                               # (n, d), without gradient
+            z_q = z_q + centroid                                    # (n, d)
+            # r_l = r_{l-1} - C_l[c_l] is what the commitment squares, too. We take the mean over d,
+            # not the sum, so that one beta is right for all widths.
+            residual = residual - centroid                          # (n, d)
+            commitment = commitment + residual.square().mean(1).sum()  # ()
 
         straight_through = z + (z_q - z).detach()                   # (n, d)  [14]
         return straight_through, commitment
@@ -386,6 +386,7 @@ class ResidualQuantiser(nn.Module):
         """Moves the centroids: C_l[k] = sum of its members / their number, both running means, that
         is to say new = decay * old + (1 - decay) * what this batch has. residual: (n, d), r_0 = z
         """
+        # What the loop names are views: what changes in place in them changes in the buffers.
         for members, sums, codebook in zip(self.members, self.sums, self.codebooks):
             code = nearest(residual, codebook)                      # (n,)
             one = torch.ones_like(code, dtype=members.dtype)        # (n,)
@@ -395,7 +396,8 @@ class ResidualQuantiser(nn.Module):
             sums.index_add_(0, code, residual, alpha=1 - decay)     # (K, d)
 
             # A centroid without members would stay where no vector is, and its code unused. It
-            # starts anew at a vector of this batch, centroid k of K at a share k / K of it.  [15]
+            # starts anew at a vector of this batch, centroid k of K at a share k / K of it: of 8
+            # vectors and K = 4, centroid 3 at vector 6.  [15]
             dead = members < DEAD                                   # (K,)
             place = torch.arange(len(members), device=residual.device)  # (K,)
             anew = residual[place * len(residual) // len(members)]  # (K, d)
@@ -420,12 +422,12 @@ class Model(nn.Module):
         self.backbone = backbone
         self.head = head
         self.bf16 = bf16
-        self.quantiser = None
+        self.quantiser = None  # `build` gives one to the student
 
     def forward(self, views):
         """views: a list of tensors (some, b, 3, side, side), each of one size; V views together
 
-        -> what the head says (V, b, O); z (V, b, E); commitment of all of them ()
+        -> what the head says (V, b, O); z (V, b, E), E being d; commitment of all of them ()
         """
         vectors = []
         with torch.autocast(views[0].device.type, torch.bfloat16, enabled=self.bf16):
@@ -496,17 +498,20 @@ def koleo(z, everyone):
     without gradient -> (), the mean over the two crops, the sum over b pictures
     """
     if everyone.shape[1] < 2:  # nobody to keep away from
-        return 0 * z.sum()                                          # ()
+        return z.new_zeros(())                                      # ()
     z = F.normalize(z, dim=2)                                       # (2, b, E)
     everyone = F.normalize(everyone, dim=2)                         # (2, B, E)
-    cosines = z.detach() @ everyone.transpose(1, 2)                 # (2, b, B)
 
-    # A picture's nearest is itself: we take the second.
+    # On the sphere the nearest has the largest cosine. A picture's nearest is itself: we take the
+    # second.
+    cosines = z.detach() @ everyone.transpose(1, 2)                 # (2, b, B)
     second = cosines.topk(2, dim=2).indices[:, :, 1:]               # (2, b, 1)
-    nearest = everyone.gather(1, second.expand(-1, -1, z.shape[2]))  # (2, b, E)
-    square = (z - nearest).square().sum(2)                          # (2, b)
-    # log ||.|| = log(||.||^2) / 2; of equal pictures the logarithm would be infinite.
-    return -(square + 1e-8).log().sum() / 4                         # ()
+    neighbour = everyone.gather(1, second.expand(-1, -1, z.shape[2]))  # (2, b, E)
+
+    # 1e-8: two equal pictures have distance 0, whose logarithm is infinite.
+    square = (z - neighbour).square().sum(2)                        # (2, b)
+    distance = (square + 1e-8).sqrt()                               # (2, b)
+    return -distance.log().mean(0).sum()                            # ()
 
 
 # --- What changes during training ----------------------------------------------------------------
@@ -540,7 +545,7 @@ def teacher_momentum(done, steps):
 
 
 def make_optimizer(student):
-    """AdamW; each step sets its rates. Matrices decay, biases and norms (second group) do not."""
+    """AdamW; each step sets its rates. Biases and norms (second group) do not decay."""
     matrices = [weight for weight in student.parameters() if weight.ndim > 1]
     vectors = [weight for weight in student.parameters() if weight.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -556,9 +561,10 @@ def set_rates(optimizer, done):
 
 
 # --- One step of training ------------------------------------------------------------------------
-# add_up, gather and backward let several processes share a batch: add_up stands at the end of the
-# file, the other two in the next section. Where there is one process, add_up and gather change
-# nothing, and backward is loss.backward().
+# Under torchrun several processes share a batch. Of each tensor `gather` makes that of the whole
+# batch, `my_share` is what this process has of it, `add_up` adds all processes' tensors, `replica`
+# is the student, `backward` makes gradients of the sum of all losses. Where there is one process,
+# gather and add_up change nothing, and backward is loss.backward(). The next section has them.
 
 
 def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoch):
@@ -573,8 +579,8 @@ def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoc
     done = step / steps
 
     # The teacher: p_t = sinkhorn(head_t(ViT_t(x)) / tau_t), of global crops only, those of the
-    # whole batch together. Then it says the same of all pictures neither by one prototype that wins
-    # everywhere (centring forbids it) nor by all being equal everywhere (a small tau_t does).
+    # whole batch together. One prototype cannot win everywhere: centring would make p_t uniform.
+    # And a small tau_t makes small differences large, so that p_t does not stay uniform.
     with torch.no_grad():
         out, _, _ = teacher([global_crops])                         # (2, b, O)
         out = gather(out, B)                                        # (2, B, O)
@@ -588,7 +594,7 @@ def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoc
 
     # The second term commits z to the centroids that were chosen, a mean over views and pictures,
     # the third keeps global crops of different pictures apart:
-    # loss = L_DINO + beta sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d + .1 KoLeo
+    # loss = L_DINO + BETA sum_l ||r_{l-1} - sg(C_l[c_l])||^2 / d + KOLEO KoLeo
     everyone = gather(z.detach(), B)                                # (V, B, d)
     apart = koleo(z[:2], everyone[:2]) / B                          # ()
     loss = l_dino + BETA * commitment / (V * B) + KOLEO * apart     # ()
@@ -673,10 +679,10 @@ def views_of(pictures, B, V, vit, rng):
 
 
 def gather(z, B):
-    """The vectors of the whole batch in its order. z: (V, b, d), this process's -> (V, B, d)"""
-    everyone = z.new_zeros(len(z), B, z.shape[2])                   # (V, B, d)
-    everyone[:, my_share()] = z                                     # (V, b, d)
-    return add_up(everyone)                                         # (V, B, d)
+    """The whole batch in its order. z: (V, b, d or O), what this process has -> (V, B, d or O)"""
+    everyone = z.new_zeros(len(z), B, z.shape[2])                   # (V, B, d or O)
+    everyone[:, my_share()] = z                                     # (V, b, d or O)
+    return add_up(everyone)                                         # (V, B, d or O)
 
 
 def backward(loss):
@@ -689,7 +695,7 @@ def backward(loss):
 
 
 # --- Reading codes -------------------------------------------------------------------------------
-# Whole pictures, as they are, go through the teacher's ViT, which is the steadier of the two, and
+# Whole pictures, not cropped, go through the teacher's ViT, which is the steadier of the two, and
 # codebooks that are fitted to what it says cut that into codes.
 
 
@@ -877,8 +883,10 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
-    # An item without a vector gets random codes: it may still be a target.
+    # An item without a vector gets random codes, as it may still be a target, and is the first to
+    # move where there is no room.
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
+    residual[~known] = math.inf                                     # (N+1, d)
 
     # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)           # (N+1,)

@@ -460,8 +460,10 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
-    # An item without a vector gets random codes: it may still be a target.
+    # An item without a vector gets random codes, as it may still be a target, and is the first to
+    # move where there is no room.
     codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
+    residual[~known] = math.inf                                     # (N+1, d)
 
     # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)           # (N+1,)

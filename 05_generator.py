@@ -149,7 +149,7 @@ def equal_length_batches(lengths, batch_events):
 
 
 def events_at(data, start, T, args):
-    """T events in a row, of each of B users. start: (B,), the first of them -> items (B, T)"""
+    """T events in a row, from each of B places. start: (B,), the first of them -> items (B, T)"""
     place = torch.arange(T)                                         # (T,)
     events = data["events"][start.unsqueeze(1) + place]             # (B, T)
     # The processor does not wait for a CUDA GPU: it goes on to plan its next work.

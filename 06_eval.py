@@ -29,7 +29,7 @@ reads   data.pt, *_codes.pt; for pictures images.pt, sasrec.pt, generator-*.pt
           trace         dict               what the search for `test` held, for the first n users;
                                            target: str, the modality whose codes are searched
                                            codes: int16 (n, L, beams, L), the likeliest prefixes
-                                           of each level, best first; -1 behind a prefix, for none
+                                           of each level l, best first: l codes, then -1; -1: none
                                            log_p: float32 (n, L, beams), of a prefix; -inf: none
 writes  results.md
         results.pt
@@ -39,7 +39,8 @@ writes  results.md
         recall.png, rarity.png             Recall@10 and intervals; by how rare the target is
         curves.png, codes.png              loss and validation over time; use of the codebooks
         tree-MODALITY.png                  items that share level 1, and levels 1 and 2
-        neighbours.png, histories.png      by RQ-DINO and pixels; five users' recommendations
+        neighbours.png                     what is next to an item by 03's vectors, and by pixels
+        histories.png                      what five users had, and what is recommended to them
         one-item.png                       an item, its codes, and the search that finds it
 
 On the toy shop: 8 seconds, 0.3 GiB (2 cores of an AMD EPYC).
@@ -78,8 +79,8 @@ COSTS = [
 SHOWN = [
     ("coverage", "items shown", 1, ".0%"),
     ("gini", "Gini", 1, ".2f"),
-    ("top_tenth", "of the top tenth", 1, ".0%"),
-    ("popularity", "their events", 1, ".0f"),
+    ("top_tenth", "best sellers among them", 1, ".0%"),
+    ("popularity", "mean events", 1, ".0f"),
 ]
 
 
@@ -140,19 +141,21 @@ def gains(rank):
 #
 # The variance of thousands of users is well known, that of three seeds is not. For such cases
 # Student found that 1.96 deviations, where 95 % of a normal distribution lie, must become a larger
-# number t: 12.71, 4.30, 3.18, 2.78 for 2, 3, 4, 5 seeds. With one number for each part (two models
-# of other seeds have a seeds' part and a t each)
+# number t: 12.71, 4.30, 3.18, 2.78 for 2, 3, 4, 5 seeds. One number for each part,
 #
 #   (half the interval)^2 = 1.96^2 users' part + t^2 seeds' part
 #
-# gives an interval that holds the truth in 95 of 100 repetitions or more, however large either part
-# is (Banerjee, Sankhya 22, 1960; a test counts). Seeds that agree by luck make no users sure: it
-# is never narrower than for other users only, whose variance is (var(user) + var(rest) / n) / U. Of
-# one seed nothing more can be known.
+# (two models of other seeds have a seeds' part and a t each) gives an interval that holds the truth
+# in 95 of 100 repetitions or more, however large either part is (Banerjee, Sankhya 22, 1960; a test
+# counts). Seeds that agree by luck make no users sure: it is never narrower than for other users
+# only, whose variance is (var(user) + var(rest) / n) / U. Of one seed nothing more can be known.
 
 
 def student_t(degrees):
-    """Student's t: with so many degrees of freedom T lies between -t and t in 95 of 100 cases."""
+    """Student's t: with so many degrees of freedom T lies between -t and t in 95 of 100 cases.
+
+    Neither Python nor PyTorch knows it, so its density is added up here.
+    """
     # The density of T is proportional to (1 + T^2 / degrees)^(-(degrees + 1) / 2). To look at the
     # angle x with T = sqrt(degrees) tan(x) makes it short: x has the density cos(x)^(degrees - 1),
     # from -pi/2 to pi/2. It is the same on both sides: of the half from 0 on, thin strips are added
@@ -168,12 +171,13 @@ def student_t(degrees):
 def half_interval(*models):
     """Half the 95 % interval of a mean over users and seeds, or of the sum of several such means.
 
-    For a difference hand in the second model with its sign changed.
+    For a difference hand in the second model with its sign changed: x - y = x + (-y), and
+    variances are added either way.
     models: (seeds, U, metrics) each, of the same users, of seeds of its own -> (metrics,)
     """
     U = models[0].shape[1]
     by_user = sum(x.mean(0) for x in models)                        # (U, metrics)
-    users_only = by_user.var(0, correction=0) / U                   # (metrics,)
+    users_only = by_user.var(0, correction=0) / U  # 0, not nan, of a single user  # (metrics,)
 
     users_part = users_only.clone()                                 # (metrics,)
     squared = torch.zeros_like(users_only)                          # (metrics,)
@@ -225,8 +229,8 @@ def shown_items(top, rank, target, train_counts):
     times = torch.bincount(items, minlength=N + 1)[1:].double()     # (N,) how often each is shown
 
     # The best-selling tenth of the items, and the share of all that is shown which is theirs.
-    best_sellers = bought.argsort(descending=True, stable=True)     # (N,)
-    best = best_sellers[:max(1, N // 10)]                           # (N / 10,)
+    most_bought_first = bought.argsort(descending=True, stable=True)  # (N,)
+    best = most_bought_first[:max(1, N // 10)]                      # (N / 10,)
     top_tenth = times[best].sum() / times.sum()                     # ()
 
     # Recall@10 of ten groups of users: those who look for the rarest items come first.
@@ -328,7 +332,7 @@ def meaning(codes, category):
 #
 #   popularity      everybody gets the best sellers
 #   last-item       what came next most often after the user's last item
-#   co-occurrence   what other people had near the user's last items
+#   co-occurrence   what anybody, this user too, had near the user's last items
 #
 # The last two add up the same sum. Of an item j that the user had, a places before the last one,
 #
@@ -340,7 +344,8 @@ def meaning(codes, category):
 #
 # This form of co-occurrence was chosen by NDCG@10 on validation: on the toy shop of 1,050 and of
 # 2,412 items, on Office and on MovieTweetings. To count near pairs for more (1 / d, 0.5^a) was
-# ahead on all four of counting all alike; sums were ahead of cosines on all but the last.
+# ahead on all four of counting all alike; sums were ahead of cosines on all but MovieTweetings.
+# What a user had stays in the lists, as in 02.
 
 LISTED = 20        # items that each of these baselines recommends
 NEAR = 5           # places apart that co-occurrence looks at, and items of a history
@@ -364,7 +369,7 @@ def last_item(data):
 
 
 def co_occurrence(data):
-    """The baseline that knows the last five items, and what others had near them."""
+    """The baseline that knows the last five items, and what anybody had near them."""
     before = []
     after = []
     strength = []
@@ -429,28 +434,36 @@ def strongest(data, before, after, strength):
     """
     # A pair as one number: of N = 100 items, 3 and 7 are 3 * 101 + 7.
     N = len(data["item_ids"]) - 1
-    number, place = (before.long() * (N + 1) + after).unique(return_inverse=True)  # (different,)
-    total = torch.zeros(len(number)).index_add_(0, place, strength)  # (different,)
-    before = number // (N + 1)                                      # (different,)
-    after = number % (N + 1)                                        # (different,)
+    pair = before.long() * (N + 1) + after                          # (pairs,)
+    different, place = pair.unique(return_inverse=True)             # (different,), (pairs,)
+    total = torch.zeros(len(different)).index_add_(0, place, strength)  # (different,)
+    item = different // (N + 1)                                     # (different,)
+    neighbour = different % (N + 1)                                 # (different,)
 
-    # Among equally strong ones the best seller counts more, by less than any pair adds.
+    # Among equally strong ones the best seller counts a little more.
     bought = data["train_counts"].float()                           # (N+1,)
-    total += 0.01 * bought[after] / bought.max().clamp(min=1)       # (different,)
+    total += 0.01 * bought[neighbour] / bought.max().clamp(min=1)   # (different,)
 
-    # The neighbours of one item stand together, the strongest first. Which place has each?
+    # By strength, then by item: a stable sort keeps the strongest of each item first.
     order = total.argsort(descending=True, stable=True)             # (different,)
-    order = order[before[order].argsort(stable=True)]               # (different,)
-    row = before[order]                                             # (different,)
-    begin = torch.searchsorted(row, row)                            # (different,)
-    column = torch.arange(len(row)) - begin                         # (different,)
+    order = order[item[order].argsort(stable=True)]                 # (different,)
+    item = item[order]                                              # (different,)
 
-    kept = column < NEIGHBOURS                                      # (different,)
-    cell = (row[kept], column[kept])
+    # A neighbour's column is its place minus the place where those of its item begin:
+    #   item    3 3 3 5 8 8
+    #   place   0 1 2 3 4 5
+    #   begin   0 0 0 3 4 4
+    #   column  0 1 2 0 0 1
+    size = torch.bincount(item, minlength=N + 1)                    # (N+1,) neighbours of each
+    begin = size.cumsum(0) - size                                   # (N+1,)
+    column = torch.arange(len(item)) - begin[item]                  # (different,)
+
+    strong = column < NEIGHBOURS                                    # (different,)
+    cell = (item[strong], column[strong])
     items = torch.zeros(N + 1, NEIGHBOURS, dtype=torch.int32)       # (N+1, NEIGHBOURS)
-    items[cell] = after[order][kept].int()
+    items[cell] = neighbour[order][strong].int()
     strengths = torch.zeros(N + 1, NEIGHBOURS)                      # (N+1, NEIGHBOURS)
-    strengths[cell] = total[order][kept]
+    strengths[cell] = total[order][strong]
     return items, strengths
 
 
@@ -466,8 +479,8 @@ def newest_first(data, users, length):
 def largest_sums(items, score):
     """Adds up the scores of an item within a row. items, score: (B, n) -> (B, top), 0: none"""
     # Sorted, equal items stand together, and each different one gets a number:
-    #   items    7 3 7 0           sorted   0 3 7 7
-    #   scores   1 2 4 0           number   0 1 2 2       sums   0 2 5 .
+    #   items    7 3 7 0           sorted   0 3 7 7       different   0 3 7 .
+    #   scores   1 2 4 0           number   0 1 2 2       total       0 2 5 .      (. unused: 0)
     ordered, place = items.sort(1)                                  # (B, n) both
     new = torch.zeros_like(place)                                   # (B, n)
     new[:, 1:] = ordered.diff() > 0
@@ -484,7 +497,7 @@ def largest_sums(items, score):
 def fill_up(top, popular):
     """Puts best sellers where a list names nothing. top: (U, top), popular: (top,) -> (U, top)"""
     filled = []
-    for part in top.split(10_000):
+    for part in top.split(10_000):  # as `repeats` looks at B * top * top pairs
         more = popular.expand(len(part), -1)                        # (B, top)
         repeats = (more.unsqueeze(2) == part.unsqueeze(1)).any(2)   # (B, top)
         both = torch.cat([part, more.masked_fill(repeats, 0)], 1)   # (B, 2 top)
@@ -516,6 +529,7 @@ def options(argv):
     add = parser.add_argument
     add("--run", default="runs/toy", help="folder of this experiment's .pt files")
     add("--seed", type=int, default=0, help="of shuffled codes, and of neighbours.png's candidates")
+    # Two options that one loop over all six scripts can give.
     add("--device", default="auto", help="as in the other scripts; this one computes on the CPU")
     add("--smoke", action="store_true", help="as in the other scripts; nothing to make smaller")
     add("--against", default="sasrec", help="the model that the others are compared with")
@@ -581,7 +595,7 @@ def read_predictions(run, data):
     for seeds in models.values():  # in order, so that seeds of two models meet
         seeds.sort(key=lambda entry: entry["seed"])
     print(f"checked: {len(paths)} files, {len(data['user_ids']):,} users: "
-          "all ids are items of data.pt, none comes twice")
+          "all ids of `test` are items of data.pt, none comes twice")
     return models
 
 
@@ -664,7 +678,7 @@ def mean_of_seeds(seeds, seen):
     row = {"seeds": [one["seed"] for one in seeds],
            "mean": by_seed.mean(0).tolist(),
            "std": by_seed.std(0).tolist() if len(seeds) > 1 else None,
-           "error": half_interval(gain).tolist(),
+           "half": half_interval(gain).tolist(),
            "seen pairs": gain[:, seen].mean((0, 1)).tolist(),
            "new pairs": gain[:, ~seen].mean((0, 1)).tolist()}
     for key, *_ in COSTS + SHOWN:
@@ -675,7 +689,10 @@ def mean_of_seeds(seeds, seen):
 
 
 def read_curves(run):
-    """What training wrote down, epoch by epoch. -> dict: name of a model -> its artifact"""
+    """What training wrote down, epoch by epoch. -> dict: name of a model -> its artifact
+
+    Of 02 SASRec alone: beside it, its variants would hide what the generators do.
+    """
     paths = list(run.folder.glob("sasrec.pt"))  # an empty list where it is missing
     paths += sorted(run.folder.glob("generator-*.pt"))
     curves = {}
@@ -765,8 +782,8 @@ def report(data, rows, seen, codes, trees, labels, args):
         "user's last, among all items.\n",
         quality_table(rows, args.against),
         "\n± standard deviation over seeds; [..] 95 % interval of the difference, for other users "
-        "and other seeds\n(of a model with one seed: for other users only). Where it holds zero, "
-        "these data do not tell the two apart.\n",
+        "and other seeds\n(a model with one seed adds nothing for seeds: of two such models, for "
+        "other users only). Where it holds zero,\nthese data do not tell the two apart.\n",
         pairs_table(rows, seen),
         "\nA pair is seen if the item to find came right after the user's last one in somebody's "
         "training events, else new.\n",
@@ -1149,7 +1166,7 @@ def draw_recall(run, rows):
     points = []
     for x, name in enumerate(names):
         mean = rows[name]["mean"][RECALL_10]
-        half = rows[name]["error"][RECALL_10]
+        half = rows[name]["half"][RECALL_10]
         # Two seeds far apart may make the interval wider than all that recall can be.
         low = max(0, mean - half)
         high = min(1, mean + half)
@@ -1189,7 +1206,7 @@ def draw_curves(run, rows, curves, data):
         epochs = range(1, len(saved["ndcg"]) + 1)
         minutes = [saved["seconds"] / 60 * epoch / len(epochs) for epoch in epochs]
         # Of SASRec one loss an epoch, of a generator one for each of its L codes, whose sum is the
-        # loss of an item: only those can be compared.
+        # loss of an item: only those can be compared. All epochs are taken to be equally long.
         by_level = saved["losses"].view(len(epochs), -1)            # (epochs, L)
         losses.append(Series(style, name, finite(minutes, by_level.sum(1))))
         ndcg.append(Series(style, name, finite(minutes, saved["ndcg"])))
@@ -1201,7 +1218,7 @@ def draw_curves(run, rows, curves, data):
             by_code.append(Panel("lines", title, "epoch", None, levels))
 
     N = len(data["item_ids"]) - 1
-    title = f"loss, nats (uniform: {math.log(N):.2f})"
+    title = f"loss, nats (uniform over items: {math.log(N):.2f})"
     unit = "minutes of training and validation"
     panels = [Panel("lines", title, unit, None, losses),
               Panel("lines", "validation NDCG@10", unit, None, ndcg)]
@@ -1340,7 +1357,7 @@ def commonest_label(items, labels):
 
 
 def draw_neighbours(run, trees, data, images, rng):
-    """neighbours.png: what lies next to five best sellers of a sample, by RQ-DINO and by pixels."""
+    """neighbours.png: what is next to five best sellers of a sample, by 03's vectors, by pixels."""
     strips = []
     tree = trees.get("image", {})
     if images.shape[2] > 1 and "embeddings" in tree:
@@ -1416,6 +1433,7 @@ def draw_one_item(run, models, trees, data, images):
                 return
     print("one-item.png is not drawn: no predictions of lookahead or mscgrec have the `trace` of a "
           "search in the codes of this run")
+    (run.folder / "one-item.png").unlink(missing_ok=True)  # it would be of other ones
 
 
 def fits(entry, run, trees):
@@ -1467,11 +1485,11 @@ def pick_user(name, entry, models, data):
     users = torch.arange(n)                                         # (n,)
     begin = f"Of the first {n:,} users"
     if "sasrec" in places:
-        users = those(users, places["sasrec"] > 10)
+        users = keep_if_any(users, places["sasrec"] > 10)
         begin += " those whose item is not in sasrec's first ten; of these"
-    users = those(users, places[name] == places[name][users].min())
+    users = keep_if_any(users, places[name] == places[name][users].min())
     pictured = [data["has_image"][events_of(user, data)].all() for user in range(n)]
-    users = those(users, torch.stack(pictured))
+    users = keep_if_any(users, torch.stack(pictured))
     bought = data["train_counts"][target]                           # (n,)
     user = users[bought[users].argmax()].item()
 
@@ -1482,7 +1500,7 @@ def pick_user(name, entry, models, data):
     return user, ", ".join(words), RULE.format(begin, name)
 
 
-def those(users, good):
+def keep_if_any(users, good):
     """The users for whom this holds; all of them if it holds for none. good: bool (n,)"""
     kept = users[good[users]]                                       # (kept,)
     return kept if len(kept) else users
@@ -1518,7 +1536,7 @@ class Slide:
     def __init__(self, data, images):
         self.data = data
         self.images = images
-        # Higher than it can become; what is not needed is cut off in the end.
+        # Higher than it becomes with five beams; what is not needed is cut off in the end.
         self.page = Image.new("RGB", (SLIDE, 3000), "white")
         self.draw = ImageDraw.Draw(self.page)
 
@@ -1631,7 +1649,7 @@ def draw_search(slide, y, user, codes, log_p, tree):
 
     L, beams, _ = codes.shape
     right = tree["codes"][item].tolist()
-    everyone = torch.arange(len(tree["codes"])) > 0                 # (N+1,)
+    all_items = torch.arange(len(tree["codes"])) > 0                # (N+1,)
     room = (SLIDE - 2 * MARGIN + 44) // L
     width = room - 60
     above = []  # the prefixes of the level before
@@ -1648,7 +1666,7 @@ def draw_search(slide, y, user, codes, log_p, tree):
             thick = 5 if marked else 2
             top = y + 44 + ROW * i
             slide.draw.rectangle((x - 10, top - 8, x + width + 10, top + 98), None, ink, thick)
-            slide.node(x, top, width, tree, prefix, everyone, "item")
+            slide.node(x, top, width, tree, prefix, all_items, "item")
             slide.write(x + width, top, f"{log_p[l, i].exp():.1%}", anchor="ra")
             if prefix[:l] in above:  # a line from what it continues
                 start = (x + width + 10 - room, y + 90 + ROW * above.index(prefix[:l]))

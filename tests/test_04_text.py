@@ -670,6 +670,19 @@ def test_each_level_cuts_what_the_one_before_has_left():
     torch.testing.assert_close(residual, torch.zeros(72, 1))
 
 
+def test_items_without_a_vector_make_room_first():
+    """K = 2: all 16 places are taken, and only items that lack a vector are moved, wherever chance put them."""
+    codebooks = torch.tensor([[0.0, 8], [0, 4], [0, 2]]).unsqueeze(2)       # (3, 2, 1)
+    embeddings = torch.zeros(17, 1)                                         # (N+1, 1): N = 16
+    embeddings[1:5] = torch.tensor([[1.0], [1], [15], [15]])
+    known = torch.tensor([False] + [True] * 4 + [False] * 12)               # (N+1,)
+    for seed in range(10):
+        codes, moved = text.finish_codes(embeddings, known, codebooks, torch.zeros(17, dtype=torch.int32),
+                                         torch.Generator().manual_seed(seed))
+        assert codes[1:5, :3].tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, 1]] and moved > 0
+        assert len(codes[1:].unique(dim=0)) == 16
+
+
 def test_those_that_are_served_worst_move_to_the_nearest_room():
     """K = 2: prefix (1, 1, 1) serves 8 + 4 + 2 = 14, and of five items near 14 two may stay."""
     codebooks = torch.tensor([[0.0, 8], [9, 4], [0, 2]]).unsqueeze(2)       # (3, 2, 1)

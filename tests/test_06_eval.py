@@ -276,7 +276,7 @@ def test_bars_know_that_other_seeds_would_be_better_or_worse(tmp_path):
     targets = torch.arange(100).remainder(N).add(1).tolist()
     run = write_run(tmp_path / "run", targets)
     write_seeds(run, targets, "sasrec", [10, 40, 70])
-    error = results(run)[0]["rows"]["sasrec"]["error"][2]
+    error = results(run)[0]["rows"]["sasrec"]["half"][2]
     assert 4.3027 * 0.3 / math.sqrt(3) < error < 1.05 * 4.3027 * 0.3 / math.sqrt(3)
 
 
@@ -285,7 +285,7 @@ def test_the_table_says_what_its_intervals_are_for(tmp_path):
     run = write_run(tmp_path / "run", targets)
     write_predictions(run, "sasrec", lists(targets, [1, 2, 3, 4]))
     table = results(run)[1]
-    assert "for other users and other seeds\n(of a model with one seed: for other users only)" in table
+    assert "for other users and other seeds\n(a model with one seed adds nothing for seeds" in table
 
 
 def test_a_foreign_model_joins_with_two_keys(tmp_path, capsys):
@@ -303,7 +303,7 @@ def test_a_foreign_model_joins_with_two_keys(tmp_path, capsys):
     torch.save({"name": "by hand", "seed": 1, "test": torch.zeros_like(test), "seconds": {"train": 3}},
                run / "predictions-nothing.pt")
     results(run)
-    assert "3 files, 2 users: all ids are items of data.pt, none comes twice" in \
+    assert "3 files, 2 users: all ids of `test` are items of data.pt, none comes twice" in \
         capsys.readouterr().out
 
 
@@ -410,7 +410,7 @@ def test_popularity_needs_no_file_and_none_of_an_old_run_disturbs_it(tmp_path):
     assert row["mean"][:3] == [0.25, 0.5, 0.5] and row["std"] is None and row["seeds"] == [0]
     assert row["parameters"] == N and row["bytes"] == 4 * N and saved["rows"].keys() == {"last-item", "co-occurrence"}
     half = 1.96 * math.sqrt(0.25 * 0.75 / 4)  # of four users one has the item first
-    assert row["error"][0] == pytest.approx(half)
+    assert row["half"][0] == pytest.approx(half)
 
 
 def shop_of(histories, items=N):
@@ -651,7 +651,8 @@ def test_curves_are_over_minutes_with_the_sum_of_the_codes_losses(monkeypatch):
     data = {"item_ids": [""] * 101}
     panels = drawn_by(monkeypatch, evaluation.draw_curves, MEANS, {"strong": saved, "mscgrec": saved}, data)
     loss, ndcg, levels = panels
-    assert loss.title == "loss, nats (uniform: 4.61)" and loss.unit == ndcg.unit == "minutes of training and validation"
+    assert loss.title == "loss, nats (uniform over items: 4.61)"
+    assert loss.unit == ndcg.unit == "minutes of training and validation"
     assert [(one.name, one.style) for one in loss.series] == [("strong", 0), ("mscgrec", 2)]
     assert points(loss.series[0]) == [(2, 3), (4, 2)] and points(ndcg.series[0]) == [(2, 0.25)]
     assert levels.title == "mscgrec: loss of each code, nats"
@@ -779,8 +780,8 @@ def test_a_bar_s_interval_holds_nothing_that_recall_cannot_be(monkeypatch):
     """Two seeds far apart: half the interval is more than 1."""
     drawn = []
     monkeypatch.setattr(evaluation, "chart", lambda run, name, columns, panels: drawn.extend(panels))
-    evaluation.draw_recall(None, {"sasrec": {"mean": [0.5] * 5, "error": [6.4] * 5},
-                                  "other": {"mean": [0.25] * 5, "error": [0.125] * 5}})
+    evaluation.draw_recall(None, {"sasrec": {"mean": [0.5] * 5, "half": [6.4] * 5},
+                                  "other": {"mean": [0.25] * 5, "half": [0.125] * 5}})
     assert drawn[0].labels == ["sasrec", "other"]
     assert drawn[0].series[0].points == [(0, 0.5, 0, 1), (1, 0.25, 0.125, 0.375)]
 
