@@ -240,7 +240,10 @@ class SASRec(nn.Module):
         return self.norm(x)                                             # (B, T, E)
 
     def score(self, hidden, table):
-        """Scores of all items. hidden: (n, E), table: their vectors (E, N) -> (n, N)"""
+        """Scores of all items, for rankings. hidden: (n, E), table: their vectors (E, N) -> (n, N)
+
+        The losses below have this product too, each where it serves them.
+        """
         return hidden @ table                                           # (n, N)
 
     def loss(self, hidden, events, log_q, args):

@@ -40,7 +40,7 @@ writes  results.md
         curves.png, codes.png              loss and validation over time; use of the codebooks
         tree-MODALITY.png                  items that share level 1, and levels 1 and 2
         neighbours.png                     what is next to an item by 03's vectors, and by pixels
-        histories.png                      what five users had, and what is recommended to them
+        histories.png                      what six users had, and what is recommended to them
         one-item.png                       an item, its codes, and the search that finds it
 
 On the toy shop: 8 seconds, 0.3 GiB (2 cores of an AMD EPYC).
@@ -95,6 +95,11 @@ SHOWN = [
 # DCG, discounted cumulative gain, adds up 1 / log2(rank + 1) of the items found; NDCG divides it by
 # that of the best list possible. With one item to be found that is 1 / log2(2) = 1, so that NDCG
 # is DCG here (Jarvelin and Kekalainen, ACM TOIS 2002).
+
+
+def targets(data):
+    """The items to be found: each user's last event. -> (U,)"""
+    return data["events"][data["offsets"][1:] - 1]
 
 
 def rank_of(target, top):
@@ -265,7 +270,7 @@ def gini(x):
 # the share of items with label x, count(x, y) how many have both. Then
 #
 #   entropy(x)    = - sum over x of p(x) log p(x)    0 if all are alike, log K if K are as frequent
-#   perplexity(x) = exp(entropy(x))    of so many equally frequent labels it is the entropy
+#   perplexity(x) = exp(entropy(x))    so many equally frequent labels would have this entropy
 #   information   = entropy(x) + entropy(y) - entropy(x, y)       what one label tells of the other
 #   NMI           = 2 information / (entropy(x) + entropy(y))     0 nothing, 1 all, both ways
 #   purity        = (1 / n) sum over x of max over y of count(x, y)
@@ -570,8 +575,9 @@ def main(argv=None):
     images = read_images(run, data)
     draw_trees(run, trees, labels, data, images)
     draw_neighbours(run, trees, data, images, rng)
-    draw_histories(run, models, data, images)
-    draw_one_item(run, models, trees, data, images)
+    search = find_search(run, models, trees)
+    draw_histories(run, models, search, data, images)
+    draw_one_item(run, models, trees, search, data, images)
 
 
 def read_predictions(run, data):
@@ -607,10 +613,9 @@ def check_predictions(saved, path, data):
         fail(f"{path} lacks `name` or `test`: the docstring of 06_eval.py describes the file.")
 
     top = saved["test"]                                             # (U, top)
-    good = torch.is_tensor(top) and not top.is_floating_point() and top.ndim == 2
-    good = good and len(top) == U and top.numel() > 0
-    good = good and top.min() >= 0 and top.max() <= N
-    if not good:
+    good = torch.is_tensor(top) and not top.is_floating_point()
+    good = good and top.ndim == 2 and len(top) == U and top.numel() > 0
+    if not good or top.min() < 0 or top.max() > N:
         fail(f"{path}: `test` must hold item ids 1 to {N} (0: none) for {U} users, as data.pt "
              "does; it was made from other data: make it again or delete it.")
 
@@ -622,11 +627,6 @@ def check_predictions(saved, path, data):
     if twice.any():
         user = twice.any(1).nonzero()[0].item()
         fail(f"{path} recommends an item twice to user {user}.")
-
-
-def targets(data):
-    """The items to be found: each user's last event. -> (U,)"""
-    return data["events"][data["offsets"][1:] - 1]
 
 
 def measure(saved, data):
@@ -1384,25 +1384,32 @@ def neighbour_strips(tree, data, images, rng):
     return strips
 
 
-def draw_histories(run, models, data, images):
-    """histories.png: of five users what they bought, and the first tens of four models."""
-    strips = history_strips(models, data)
+def draw_histories(run, models, search, data, images):
+    """histories.png: of six users what they bought, and the first tens of five models.
+
+    search: (name, entry), as find_search says
+    """
+    U = len(data["offsets"]) - 1
+    # Five users, spread over all; of very few users some are the same.
+    users = {f"user {user}": user for user in sorted({U * i // 10 for i in (1, 3, 5, 7, 9)})}
+    if search:
+        user, _, _ = pick_user(*search, models, data)
+        users = {f"user {user}, whom one-item.png is about": user} | users
+    strips = history_strips(users, models, data)
     sheet(run, "histories.png", strips, data, images)
 
 
-def history_strips(models, data):
-    """-> list of Strip"""
+def history_strips(users, models, data):
+    """users: dict, heading -> user -> list of Strip"""
     events = data["events"]
     offsets = data["offsets"]
-    U = len(offsets) - 1
     strips = []
-    # Five users, spread over all; of very few users some are the same.
-    for user in sorted({U * tenth // 10 for tenth in (1, 3, 5, 7, 9)}):
+    for heading, user in users.items():
         history = events[offsets[user]:offsets[user + 1]][-COLUMNS:].tolist()
         target = history[-1:]
-        strips.append(Strip(f"user {user}; framed: the last item, to be found"))
+        strips.append(Strip(f"{heading}; framed: the last item, to be found"))
         strips.append(Strip("history", history, target))
-        for name in ("popularity", "sasrec", "tiger", "mscgrec"):
+        for name in ("popularity", "sasrec", "tiger", "mscgrec", "lookahead"):
             if name in models:
                 top = models[name][0]["top"][user, :10]             # (10,)
                 strips.append(Strip(name, top[top > 0].tolist(), target))
@@ -1419,21 +1426,15 @@ TILE = 58           # a picture, wide and high
 STEP = 62           # from one picture to the next
 ROW = 116           # a node of the tree: its prefix, and pictures of what lies under it
 MARK = "#d55e00"    # what is right
-RULE = ("{} those with the best place in {}'s list; of these those whose items all have a picture; "
-        "of these the one whose item has the most training events. (A condition that no user meets "
-        "is left out.)")
 
 
-def draw_one_item(run, models, trees, data, images):
-    """one-item.png: an item, its vectors and codes, and the search that finds it for a user."""
+def find_search(run, models, trees):
+    """Predictions that say what the search held. -> name, entry of the generator; else None"""
     for name in ("lookahead", "mscgrec"):
         for entry in models.get(name, []):
             if fits(entry, run, trees):
-                draw_slide(run, name, entry, models, trees, Slide(data, images))
-                return
-    print("one-item.png is not drawn: no predictions of lookahead or mscgrec have the `trace` of a "
-          "search in the codes of this run")
-    (run.folder / "one-item.png").unlink(missing_ok=True)  # it would be of other ones
+                return name, entry
+    return None
 
 
 def fits(entry, run, trees):
@@ -1444,20 +1445,34 @@ def fits(entry, run, trees):
     # Of several seeds one has the codes that lie in the run.
     file = f"{trace['target']}_codes.pt"
     now = run.made_from[file]
+    if entry["made_from"].get(file, now) != now:
+        return False
     codes = trace.get("codes")                                      # (n, L, beams, L)
     log_p = trace.get("log_p")                                      # (n, L, beams)
-    good = entry["made_from"].get(file, now) == now
-    good = good and torch.is_tensor(codes) and codes.ndim == 4 and torch.is_tensor(log_p)
-    good = good and codes.shape[1] == codes.shape[3] == trees[trace["target"]]["codes"].shape[1]
-    return good and codes.shape[:3] == log_p.shape and 0 < len(codes) <= len(entry["top"])
+    if not torch.is_tensor(codes) or codes.ndim != 4 or not torch.is_tensor(log_p):
+        return False
+    L = trees[trace["target"]]["codes"].shape[1]
+    if codes.shape[1] != L or codes.shape[3] != L or codes.shape[:3] != log_p.shape:
+        return False
+    return 0 < len(codes) <= len(entry["top"])
 
 
-def draw_slide(run, name, entry, models, trees, slide):
-    """Draws the item of one user. name, entry: of the generator"""
-    user, places, rule = pick_user(name, entry, models, slide.data)
-    item = targets(slide.data)[user].item()
+def draw_one_item(run, models, trees, search, data, images):
+    """one-item.png: an item, its vectors and codes, and the search that finds it for a user.
+
+    search: (name, entry), as find_search says
+    """
+    if search is None:
+        print("one-item.png is not drawn: no predictions of lookahead or mscgrec have the `trace` "
+              "of a search in the codes of this run")
+        (run.folder / "one-item.png").unlink(missing_ok=True)  # it would be of other ones
+        return
+    user, places, rule = pick_user(*search, models, data)
+    item = targets(data)[user].item()
     print(f"one-item.png: user {user}, item {item}. {rule}")
 
+    slide = Slide(data, images)
+    _, entry = search
     trace = entry["trace"]
     y = draw_buyers(slide, 8, item)
     y = draw_vectors(slide, y, item, trees)
@@ -1467,6 +1482,11 @@ def draw_slide(run, name, entry, models, trees, slide):
     slide.write(MARGIN, y, rule, SLIDE - 2 * MARGIN, lines=4)
     with run.writing("one-item.png") as file:
         slide.page.crop((0, 0, SLIDE, y + 100)).save(file, "PNG")
+
+
+RULE = ("{} those with the best place in {}'s list; of these those whose items all have a picture; "
+        "of these the one whose item has the most training events. (A condition that no user meets "
+        "is left out.)")
 
 
 def pick_user(name, entry, models, data):
@@ -1574,14 +1594,14 @@ class Slide:
         items = most_bought((same & among).nonzero()[:, 0], self.data)  # (n,)
         # Pictures say more than grey: items that have one come first.
         grey = (~self.data["has_image"][items]).int()               # (n,)
-        room = width - 76  # beside the prefix a probability may stand, beside pictures a number
-        shown = items[grey.argsort(stable=True)][:max(0, room // STEP)]  # (shown,)
+        row = width - 76  # beside the prefix a probability may stand, beside pictures a number
+        shown = items[grey.argsort(stable=True)][:max(0, row // STEP)]  # (shown,)
 
-        self.write(x, y, ", ".join(map(str, prefix)), room)
+        self.write(x, y, ", ".join(map(str, prefix)), row)
         after = self.tiles(x, y + 32, shown.tolist())
         ending = "" if len(items) == 1 else "s"
-        room = x + width - after - 6
-        self.write(after + 4, y + 34, f"{len(items):,} {noun}{ending}", room, 20, 2)
+        rest = x + width - after - 6
+        self.write(after + 4, y + 34, f"{len(items):,} {noun}{ending}", rest, 20, 2)
 
     def bars(self, x, y, vector):
         """A bar for each coordinate, up or down from y. vector: (coordinates,)"""

@@ -716,7 +716,7 @@ def test_the_item_to_be_found_is_framed(tmp_path):
     run = write_run(tmp_path / "run", [38, 38])
     write_predictions(run, "sasrec", lists([38, 38], [1, 2]))
     models = evaluation.read_predictions(evaluation.Run(run), torch.load(run / "data.pt"))
-    strips = evaluation.history_strips(models, torch.load(run / "data.pt"))
+    strips = evaluation.history_strips({"user 0": 0, "user 1": 1}, models, torch.load(run / "data.pt"))
     rows = [(strip.label, strip.items[:3], strip.framed) for strip in strips if strip.items]
     assert rows == [("history", [39, 40, 38], [38]), ("popularity", [40, 39, 38], [38]), ("sasrec", [38, 1, 2], [38]),
                     ("history", [39, 40, 38], [38]), ("popularity", [40, 39, 38], [38]), ("sasrec", [1, 38, 2], [38])]
@@ -734,7 +734,7 @@ def test_of_a_long_history_the_end_is_shown_and_of_a_list_its_first_ten_items():
     data = {"events": torch.arange(21, 36), "offsets": torch.tensor([0, 15])}
     full, short = torch.arange(1, 13).unsqueeze(0), torch.tensor([[7, 35] + [0] * 10])
     models = {"popularity": [{"top": full}], "mscgrec": [{"top": short}]}
-    heading, *strips = evaluation.history_strips(models, data)
+    heading, *strips = evaluation.history_strips({"user 0": 0}, models, data)
     assert heading.items == () and heading.label.startswith("user 0")
     assert strips == [("history", list(range(25, 36)), [35]), ("popularity", list(range(1, 11)), [35]),
                       ("mscgrec", [7, 35], [35])]
