@@ -19,11 +19,11 @@ reads   nothing; or the tables and pictures of a folder, or of a category that i
 writes  data.pt
           events         int32 (events)   item ids, users one after another, each in order of time
           offsets        int64 (U+1)      user u: events[offsets[u]:offsets[u+1]]
-          levels         int8 (events)    by rating: 0 up to 60 % of the highest one in the source,
-                                          and where there is none, 1 up to 80 %, 2 above; numbered
-                                          without gaps; no such key if all events are alike
-          titles         list (N+1)       str; row 0 is padding here and below
-          texts          list (N+1)       str, features and description
+          levels         int8 (events)    by rating: 0 up to 60 % of the source's highest, or no
+                                          rating; 1 up to 80 %; 2 above; numbered without gaps; no
+                                          such key if all events are alike
+          titles         list (N+1)       str, 500 letters at most; row 0 is padding here and below
+          texts          list (N+1)       str, features and description, 2,000 letters at most
           categories     list (N+1)       list of str
           has_image      bool (N+1)       False: no picture, or one that cannot be read
           item_ids       list (N+1)       str, the ids of the source, sorted
@@ -295,7 +295,7 @@ def toy_items(truth, rng):
 # --- The toy shop: what its pictures show ---------------------------------------------------------
 # An outline says the category, its colour and pattern say themselves. Size, place, light,
 # background and tint differ from picture to picture and mean nothing, as in photographs. They
-# change more pixels than what matters does: who compares pixels, compares them.
+# change more pixels than what matters does: a model that compares pixels finds these.
 
 
 def draw(look, S):
@@ -346,9 +346,9 @@ def draw(look, S):
 
 
 def pale_places(pattern, x, y):
-    """Where a pattern is painted pale. x, y: (n, n) places, its period is 1 -> bool (n, n)"""
-    x = x % 1                                                   # (n, n)
-    y = y % 1                                                   # (n, n)
+    """Where a pattern is painted pale. x, y: (3S, 3S) places, its period is 1 -> bool (3S, 3S)"""
+    x = x % 1                                                   # (3S, 3S)
+    y = y % 1                                                   # (3S, 3S)
     painted = {
         "plain": np.zeros(x.shape, dtype=bool),
         "stripes": y < 0.5,
@@ -362,7 +362,8 @@ def pale_places(pattern, x, y):
 
 # --- The rules: which events count, and in which order --------------------------------------------
 # The log is four columns, one row an event: user and item as numbers from 0, a time, a rating. A
-# rule is a function that says which rows stay. The same rules hold for every source.
+# rule is a function that says which rows stay, by their numbers or by a mask. The same rules hold
+# for every source.
 
 
 def arrange(log, args, counts):
@@ -458,14 +459,14 @@ def most_frequent(item, most):
 
 
 def drawn_users(user, args, rng):
-    """Users too short for the k-core go first, so that --max-users draws fewer in vain.
+    """The events of --max-users users. Those too short for the k-core would be drawn in vain.
 
     -> bool (events,)
     """
     lengths = np.bincount(user)                                 # (n,)
     enough = lengths >= max(args.k_core, MIN_EVENTS)            # (n,)
     drawn = rng.permutation(np.flatnonzero(enough))             # (users,)
-    if args.smoke:  # those with the most events, so that few users leave something
+    if args.smoke:  # those with the most events, so that their k-core is not empty
         drawn = drawn[np.argsort(-lengths[drawn], kind="stable")]   # (users,)
     return np.isin(user, drawn[:args.max_users or len(drawn)])
 
@@ -483,7 +484,7 @@ def last_events(user, most):
 
 
 def k_core(user, item, k):
-    """Drops users and items with fewer than k events, again and again until none is left.
+    """Drops users and items with fewer than k events, again and again until all have k.
 
     Once is not enough: an item that goes takes events away from users who had just enough. [3]
     user, item: (events,) -> (kept,) rows
@@ -685,11 +686,14 @@ def draw_sheet(run, data, images):
 
 
 WHAT_TO_DO = {  # about what is lost
-    "malformed line": "a quote, bracket or separator is missing or too many",
+    "malformed line": "a quote or bracket is missing or too many, or a separator too many",
+    "line with fewer columns than the header": "read as it is: is a separator missing?",
     "no user": "the column of users is empty, or holds no id",
     "no item": "the column of items is empty, or holds no id",
     "bad time": "missing, or neither a number from 0 nor a date as 2020-09-13 12:26:40",
+    "rating not understood, level 0": "neither a number from 0 to 1,000 nor empty",
     "not in the catalogue": "they have neither title nor text",
+    "title or text cut": "to 500 and 2,000 letters",
     "picture is named, but no such file": "a path begins in the folder, or in its images/",
     "picture is a URL, not fetched": "--fetch-images fetches them into the folder",
 }
@@ -745,13 +749,14 @@ def print_summary(data):
 # A door hands on what it finds. What of it can be used is decided once, in read_events,
 # read_catalogue and write_images.
 
-COLUMNS = {  # field: what tables call it. Where a row has several, the first that is not empty
+COLUMNS = {  # field: what tables call it. Where a row has several, the first that is not empty;
+    #           of "text" all of them
     "user": "user_id user reviewer_id uid customer_id visitor_id",
     "item": "parent_asin asin item_id item movie_id product_id business_id book_id video_id sku",
     "time": "timestamp unix_review_time time event_time datetime date",
     "rating": "rating overall stars score",
     "title": "title movie_title item_title product_title product_name item_name name",
-    "text": "features feature description text overview abstract",  # not the first: all of them
+    "text": "features feature description text overview abstract",
     "categories": "categories category genres genre main_category main_cat tag class",
     "picture": "images image_url_high_res image_url im_url image image_path",
 }
@@ -771,6 +776,8 @@ FOREIGN_ENDINGS = (".parquet", ".xlsx", ".xls", ".zip")  # looked for, to say wh
 FIRST_LINES = 1000             # what is looked at before a table is chosen
 LONGEST_LINE = 1 << 24         # characters; no file is trusted
 LONGEST_DICT = 200_000         # characters of a line that is no JSON, but a dict of Python
+LONGEST_TITLE = 500            # letters
+LONGEST_TEXT = 2000
 HIGHEST_RATING = 1000          # of any scale; what is above is no rating
 LAST_TIME = 4_102_444_800_000_000_000  # the year 2100 in nanoseconds; in other units it is less
 
@@ -849,7 +856,10 @@ def addresses(images):
     """
     if isinstance(images, dict):
         columns = {key: value for key, value in images.items() if isinstance(value, list)}
-        images = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        if columns:
+            images = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        else:  # one picture
+            images = [images]
     if not isinstance(images, list):
         return [images]
     first = []
@@ -975,7 +985,10 @@ def foreign(path, head):
 
 
 def doubt(path, names, lost):
-    """Why a file is no table for us, though it looks like one; "" if it is. lost: lines were"""
+    """Why a file is no table for us, though it looks like one; "" if it is.
+
+    lost: some of the first lines were no rows
+    """
     if ending(path) in JSON_ENDINGS:
         return NO_OBJECTS if lost and not names else ""
     if lost and not names:
@@ -1039,7 +1052,7 @@ def choose_catalogue(folder, tables, log):
     unused = []
     for table in others:
         # events.parquet may stay beside events.parquet.jsonl, which was made of it as we asked.
-        done = unpacked_name(table.path) in unpacked_name(log.path)
+        done = unpacked_name(log.path).startswith(unpacked_name(table.path))
         if not done and (table.problem or "title" in table.columns):
             unused.append(table)
     if unused:
@@ -1055,7 +1068,9 @@ def holds_events(table):
 
 
 def largest(folder, tables, what):
-    """MovieLens has ratings and, fewer, tags. But parts of one table are not to be lost."""
+    """The largest file: MovieLens has ratings and, fewer, tags. But where several are parts of one
+    table, with the same columns, none is to be lost: the script ends.
+    """
     best = max(tables, key=lambda table: table.path.stat().st_size)
     parts = [table for table in tables if set(table.names) == set(best.names)]
     if len(parts) > 1:
@@ -1096,6 +1111,11 @@ def say_what_is_read(folder, log, catalogue, tables):
     print(f"events: {meanings(folder, log, (*EVENT, 'rating'))}")
     if catalogue is None:
         print("items: no table says more of them than their ids")
+        unread = [name for field in ("title", "text", "categories", "picture")
+                  for name in log.columns.get(field, [])]
+        if unread:
+            print(f"not read of {log.path.name}: {listed(unread)}. If they are of items, not of "
+                  "events: put them into a table of their own, a row an item")
     else:
         fields = [field for field in COLUMNS if field not in ("user", "time", "rating")]
         print(f"items: {meanings(folder, catalogue, fields)}")
@@ -1181,6 +1201,9 @@ def lines_of(text, name, counts):
 def json_rows(lines, path, counts):
     """One JSON object a line."""
     for line in lines:
+        if not line.strip():
+            counts[f"{path.name}: line inside a quoted text, or blank"] += 1
+            continue
         row = json_value(line)
         if isinstance(row, dict):
             yield row
@@ -1236,6 +1259,8 @@ def csv_rows(lines, path, counts):
             continue
         if lines_of_row > 1:
             counts[f"{path.name}: line inside a quoted text, or blank"] += lines_of_row - 1
+        if None in row.values():
+            counts[f"{path.name}: line with fewer columns than the header"] += 1
         yield row
 
 
@@ -1249,8 +1274,9 @@ def told_apart(names, path, counts):
     unlike = []
     for name in names:
         if name in unlike:
-            counts[f"{path.name}: columns named {name} again, not read"] = 1
-            name = f"{name}, again"
+            counts[f"{path.name}: columns named {name} again, not read"] = names.count(name) - 1
+            while name in unlike:
+                name = f"{name}, again"
         unlike.append(name)
     return unlike
 
@@ -1283,8 +1309,12 @@ def read_events(source, counts):
             continue
         user_column.append(user)
         item_column.append(item)
+        rating = readable_rating(rating)
+        if rating is None:
+            counts["events: rating not understood, level 0"] += 1
+            rating = math.nan
         time_column.append(when)
-        rating_column.append(readable_rating(rating))
+        rating_column.append(rating)
     counts["events: well-formed"] = len(time_column)
     return (np.array(user_column), np.array(item_column), np.array(time_column),
             np.array(rating_column), list(user_number), list(item_number))
@@ -1325,12 +1355,19 @@ def readable_time(value):
 
 
 def readable_rating(value):
-    """A number from 0; some sources write -1 where there is none. -> float, nan for none"""
+    """A number from 0; some sources write -1 where there is none.
+
+    -> float, nan for none; None where it is not understood
+    """
+    if value is None:
+        return math.nan
     try:
         rating = float(value)
     except (TypeError, ValueError, OverflowError):
+        return None
+    if not rating >= 0:  # nan, too
         return math.nan
-    return rating if 0 <= rating <= HIGHEST_RATING else math.nan
+    return rating if rating <= HIGHEST_RATING else None
 
 
 def seconds_of_date(value):
@@ -1364,8 +1401,12 @@ def read_catalogue(source, item_ids, counts):
             if item_id is not None and len(strangers) < 3:
                 strangers.append(item_id[:40])
             continue
-        titles[i] = " ".join(strings(item.get("title")))[:500]
-        texts[i] = " ".join(strings(item.get("text")))[:2000]
+        title = " ".join(strings(item.get("title")))
+        text = " ".join(strings(item.get("text")))
+        if len(title) > LONGEST_TITLE or len(text) > LONGEST_TEXT:
+            counts["items: title or text cut"] += 1
+        titles[i] = title[:LONGEST_TITLE]
+        texts[i] = text[:LONGEST_TEXT]
         categories[i] = strings(item.get("categories"))
         candidates = strings(item.get("picture"))
         if candidates:  # the likeliest that is there; the others are not tried
@@ -1378,7 +1419,7 @@ def read_catalogue(source, item_ids, counts):
 def compare_ids(missing, strangers, N):
     """Stops where the catalogue is of other items, or writes their ids in another way.
 
-    missing: ids of events that have no line, strangers: ids of lines that no event has
+    missing: ids of kept items that have no line, strangers: ids of lines that no kept item has
     """
     if len(missing) <= N / 2 or not strangers:
         return
@@ -1386,8 +1427,9 @@ def compare_ids(missing, strangers, N):
     examples = (f"events have the items {listed(missing[:3])}; lines of the catalogue are of "
                 f"{listed(strangers)}")
     if found == 0:
-        fail(f"No line of the catalogue fits an event: {examples}. Write the ids alike in both, "
-             f"not 1.0 and 1, not 0012 and 12; or take the catalogue out, which leaves no titles.")
+        fail(f"No line of the catalogue fits an event that is kept: {examples}. Write the ids "
+             "alike in both, not 1.0 and 1, not 0012 and 12; or take the catalogue out, which "
+             "leaves no titles.")
     print(f"Only {found:,} of {N:,} items are in the catalogue: {examples}.")
 
 
@@ -1400,6 +1442,8 @@ def strings(value, depth=4):
         for part in value[:2000]:  # none that is real has so many
             found += strings(part, depth - 1)
         return found
+    if type(value) is float and value.is_integer():
+        value = int(value)  # as in id_of: the film "1984"
     if type(value) not in (str, int):
         return []
     # One line, without control characters. JSON may hold half a letter, "\\ud800" (a lone
@@ -1415,8 +1459,8 @@ def strings(value, depth=4):
 # large catalogue are more than memory holds.
 
 FETCHERS = 32  # pictures that are fetched at once: each waits for its host
-DECODERS = 4   # pictures that are decoded at once: a large one takes 200 MB, and what a thread has
-#                had of memory it keeps, so that these are threads of their own
+DECODERS = 4   # pictures that are decoded at once: a large one takes 200 MB. A thread keeps the
+#                memory that it once took: so four decode, and 32 others fetch
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # Pillow would run a program for PostScript
 PICTURE_ENDINGS = []
 for word in ("jpg", "jpeg", "png", "webp"):
@@ -1533,7 +1577,7 @@ def fetch_pictures(source, folder, session):
 
     def open_picture(item_id, address):
         image = open_cached(item_id, address)
-        if image is None and address:
+        if image is None and re.match(r"\w+:", address):  # no path: http: or another scheme
             check_address(address)
             download(session, address, folder / cached_name(item_id), picture=True)
             image = open_cached(item_id, address)
@@ -1769,7 +1813,7 @@ def start(main):
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped: the same command (without --fresh) goes on with what is written already.")
+        fail("stopped: give the same command again (never --fresh): it takes what is written.")
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
 

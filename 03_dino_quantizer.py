@@ -784,8 +784,12 @@ def nearest(x, codebook):
     return torch.cat(codes)                                         # (n,)
 
 
-def kmeans(x, K, rng, steps=15):
-    """K centroids for x. Where they end depends on where they start: of ten ends, the best goes on.
+STEPS = 15  # of Lloyd's algorithm: after them centroids hardly move
+
+
+def kmeans(x, K, rng):
+    """K centroids for x. Where they end depends on where they start. So ten starts are tried on a
+    part of x, and the one that ends with the least error goes on with all of it.
 
     x: (n, d), rng: torch.Generator -> codebook (K, d)
     """
@@ -794,13 +798,13 @@ def kmeans(x, K, rng, steps=15):
     order = torch.randperm(max(len(x), K), generator=rng)           # (max(n, K),)
     x = x[order[:1024 * K] % len(x)]                                # (sample, d)
 
-    few = x[:64 * K]                                                # (few, d): enough to choose by
-    ends = []
+    few = x[:64 * K]                                                # (few, d)
+    candidates = []
     for _ in range(10):
         start = torch.randperm(len(few), generator=rng)[:K]         # (K,)
-        ends.append(lloyd(few, few[start], steps))
-    codebook = min(ends, key=lambda end: squared_error(few, end).sum())  # (K, d)
-    return lloyd(x, codebook, steps)
+        candidates.append(lloyd(few, few[start], STEPS))
+    best = min(candidates, key=lambda codebook: squared_error(few, codebook).sum())  # (K, d)
+    return lloyd(x, best, STEPS)
 
 
 def squared_error(x, codebook):
@@ -883,10 +887,10 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
-    # An item without a vector gets random codes, as it may still be a target, and is the first to
-    # move where there is no room.
-    codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    residual[~known] = math.inf                                     # (N+1, d)
+    # An item without a vector gets random codes, as it may still be a target. Nothing serves it
+    # well, so that it is the first to move where there is no room.
+    codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)  # (unknown, 3)
+    residual[~known] = math.inf                                     # (unknown, d)
 
     # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)           # (N+1,)
@@ -904,11 +908,12 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     codes = torch.cat([codes, collision.unsqueeze(1)], 1)           # (N+1, L)
     codes[0] = -1
 
+    # Of the items that have a vector: how many codes do they use, how many share three codes?
     _, sharing = prefix[known].unique(return_counts=True)           # (prefixes,)
     alone = (sharing == 1).sum() / known.sum().clamp(1)             # ()
-    used = [len(level.unique()) for level in codes[1:].T]           # one number a level
-    print(f"codes: K = {K}, in use at each level {used}; {alone:.0%} of the known items are alone "
-          f"after level 3, {moved.sum()} were moved")
+    used = [len(level.unique()) for level in codes[known].T]        # one number a level
+    print(f"codes: K = {K}, in use at each level {used}; {alone:.0%} of the known items share "
+          f"three codes with no other known one, {moved.sum()} items were moved")
     return codes.to(torch.int16), moved.sum().item()
 
 
@@ -919,7 +924,7 @@ def redistribute(codes, prefix, moved, embeddings, codebooks):
     nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
     """
     # Entry p of behind[l] counts the items behind the prefix p of l + 1 codes. Were K = 10, then
-    # behind[1][31] would be the items whose codes begin 3 1, with the branches 310, 311, .. 319.
+    # behind[1][31] would count the items whose codes begin 3 1, with the branches 310, .. 319.
     K = codebooks.shape[1]
     stays = prefix[1:][~moved[1:]]                                  # (stays,)
     behind = [torch.bincount(stays // (K * K), minlength=K),        # (K,)
@@ -1136,7 +1141,7 @@ def start(main):
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped: the same command (without --fresh) goes on with what is written already.")
+        fail("stopped: give the same command again (never --fresh): it takes what is written.")
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
 

@@ -21,7 +21,8 @@ writes  text_codes.pt
           codes        int16 (N+1, L)     row 0 = -1; level 4 separates collisions
           codebooks    float32 (3, K, d)
           embeddings   float32 (N+1, d)   mean 0, one scale for all; zero where not known
-          known        bool (N+1)         the item has a text, or a vector in --embeddings
+          known        bool (N+1)         the item has a word in title, categories or text; with
+                                          --embeddings, a vector that is not zero
           moved        int                items that redistribution moved
           options      dict               the options of this run
 
@@ -70,7 +71,8 @@ def bucket(feature):
 def features_of_word(word):
     """The word and its letter n-grams, n = 3, 4, 5: they make `stripe` near `striped`.
 
-    cat -> <ca <cat <cat> at> cat cat>, where < and > mark the ends of a word
+    cat -> <ca <cat <cat> at> cat cat>, where < and > mark the ends of a word (the whole word and
+    its three letters are one feature)
     -> the column of each, a list
     """
     marked = f"<{word}>"
@@ -109,15 +111,12 @@ def inverse_document_frequency(column, n):
     return idf * (df >= least)                                  # (BUCKETS,)
 
 
-def tf_idf(texts, idf=None):
-    """Sublinear tf-idf (Manning et al. 2008, section 6.4.1), rows of unit length (0 if empty).
+def count_entries(texts):
+    """How often each text has each feature, as a sparse matrix: three lists, of an entry its row
+    (the text), its column (the feature) and its value.
 
-        weight = (1 + log tf) * idf,  where tf is how often the text has the feature
-
-    texts: n strings, idf: (BUCKETS,) of other texts, or None: of these
-    -> sparse (n, features), one column for each feature whose idf is not 0; idf (BUCKETS,)
+    n texts -> row, column, tf: (entries,) each
     """
-    # A sparse matrix is three lists: an entry's row, its column, its value.
     row_parts = []
     column_parts = []
     tf_parts = []
@@ -129,24 +128,37 @@ def tf_idf(texts, idf=None):
     row = torch.from_numpy(np.concatenate(row_parts))           # (entries,)
     column = torch.from_numpy(np.concatenate(column_parts))     # (entries,)
     tf = torch.from_numpy(np.concatenate(tf_parts))             # (entries,)
+    return row, column, tf
 
+
+def tf_idf(texts, idf=None):
+    """Sublinear tf-idf (Manning et al. 2008, section 6.4.1), rows of unit length (0 if empty).
+
+        weight = (1 + log tf) * idf,  where tf is how often the text has the feature
+
+    texts: n strings, idf: (BUCKETS,) of other texts, or None: of these
+    -> sparse (n, features), one column for each feature whose idf is not 0; idf (BUCKETS,)
+    """
+    row, column, tf = count_entries(texts)                      # (entries,) each
     if idf is None:
         idf = inverse_document_frequency(column, len(texts))    # (BUCKETS,)
+
+    # A feature that is left out has idf 0: its entries go.
     stays = idf[column] > 0                                     # (entries,)
-    row = row[stays]                                            # (entries,)
-    column = column[stays]                                      # (entries,)
-    weight = (1 + tf[stays].log()) * idf[column]                # (entries,)
+    row = row[stays]                                            # (kept,)
+    column = column[stays]                                      # (kept,)
+    weight = (1 + tf[stays].log()) * idf[column]                # (kept,)
 
     # Of unit length, a long description is not farther from the others than a short title.
-    norm = torch.zeros(len(texts))                              # (n,)
-    norm = norm.index_add_(0, row, weight.square()).sqrt()      # (n,)
-    value = weight / norm[row]                                  # (entries,)
+    squared_length = torch.zeros(len(texts))                    # (n,)
+    squared_length.index_add_(0, row, weight.square())
+    value = weight / squared_length.sqrt()[row]                 # (kept,)
 
     # The features that stay are numbered anew, without gaps:
     #   stays       no yes  no yes yes
     #   new column  -1   0   0   1   2
     new_column = (idf > 0).cumsum(0) - 1                        # (BUCKETS,)
-    place = torch.stack([row, new_column[column]])              # (2, entries)
+    place = torch.stack([row, new_column[column]])              # (2, kept)
     features = new_column[-1].item() + 1
     size = (len(texts), features)
     # Without check_invariants torch warns that nothing is checked.
@@ -160,11 +172,12 @@ def tf_idf(texts, idf=None):
 #
 #     X = sum_j s_j left_j right_j^T,   s_1 >= s_2 >= ... >= 0
 #
-# right_j (features,) is a direction: a list of weights, large for features that go together. All
-# are at right angles, and s_j^2 is how much of the rows' squared length lies along right_j. The
-# first d keep more of it than any other d directions could. A text's coordinates along them, X
-# right_1 .. X right_d, give its embedding (turned within their span, and of unit length), in which
-# texts of mugs and of cups come to be near (Deerwester et al. 1990).
+# right_j (features,) is a direction: a list of weights, large for features that go together;
+# left_j (texts,) says how much of it each text has. (X is not centred, which would fill its zeros.)
+# All directions are at right angles, and s_j^2 is how much of the rows' squared length lies along
+# right_j. The first d keep more of it than any other d directions could. A text's coordinates along
+# them, X right_1 .. X right_d, give its embedding (turned within their span, and of unit length),
+# in which texts of mugs and of cups come to be near (Deerwester et al. 1990).
 
 
 def principal_directions(matrix, d, rng):
@@ -294,8 +307,8 @@ def from_endpoint(url, model, texts, batch):
 def mean_and_covariance(x):
     """Of the rows of x, in double precision: (n, width) -> (width,), (width, width)
 
-    4,096 rows at a time, as a copy of x would take as much memory again. Double, as squares of
-    float32 would drown the small variances: they have half as many digits as are needed.
+    4,096 rows at a time, as a copy of x would take as much memory again. Double, as a variance of
+    1e-8 times the largest is beyond the seven digits of float32.
     """
     n, width = x.shape
     mean = torch.zeros(width, dtype=torch.float64)                  # (width,)
@@ -361,8 +374,12 @@ def nearest(x, codebook):
     return torch.cat(codes)                                         # (n,)
 
 
-def kmeans(x, K, rng, steps=15):
-    """K centroids for x. Where they end depends on where they start: of ten ends, the best goes on.
+STEPS = 15  # of Lloyd's algorithm: after them centroids hardly move
+
+
+def kmeans(x, K, rng):
+    """K centroids for x. Where they end depends on where they start. So ten starts are tried on a
+    part of x, and the one that ends with the least error goes on with all of it.
 
     x: (n, d), rng: torch.Generator -> codebook (K, d)
     """
@@ -371,13 +388,13 @@ def kmeans(x, K, rng, steps=15):
     order = torch.randperm(max(len(x), K), generator=rng)           # (max(n, K),)
     x = x[order[:1024 * K] % len(x)]                                # (sample, d)
 
-    few = x[:64 * K]                                                # (few, d): enough to choose by
-    ends = []
+    few = x[:64 * K]                                                # (few, d)
+    candidates = []
     for _ in range(10):
         start = torch.randperm(len(few), generator=rng)[:K]         # (K,)
-        ends.append(lloyd(few, few[start], steps))
-    codebook = min(ends, key=lambda end: squared_error(few, end).sum())  # (K, d)
-    return lloyd(x, codebook, steps)
+        candidates.append(lloyd(few, few[start], STEPS))
+    best = min(candidates, key=lambda codebook: squared_error(few, codebook).sum())  # (K, d)
+    return lloyd(x, best, STEPS)
 
 
 def squared_error(x, codebook):
@@ -460,10 +477,10 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     """
     K = codebooks.shape[1]
     codes, residual = quantise(embeddings, codebooks)               # (N+1, 3), (N+1, d)
-    # An item without a vector gets random codes, as it may still be a target, and is the first to
-    # move where there is no room.
-    codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)
-    residual[~known] = math.inf                                     # (N+1, d)
+    # An item without a vector gets random codes, as it may still be a target. Nothing serves it
+    # well, so that it is the first to move where there is no room.
+    codes[~known] = torch.randint(K, codes[~known].shape, generator=rng)  # (unknown, 3)
+    residual[~known] = math.inf                                     # (unknown, d)
 
     # A prefix as one number, in base K: (3, 1, 4) is 3 K^2 + 1 K + 4.
     prefix = (codes * torch.tensor([K * K, K, 1])).sum(1)           # (N+1,)
@@ -481,11 +498,12 @@ def finish_codes(embeddings, known, codebooks, train_counts, rng):
     codes = torch.cat([codes, collision.unsqueeze(1)], 1)           # (N+1, L)
     codes[0] = -1
 
+    # Of the items that have a vector: how many codes do they use, how many share three codes?
     _, sharing = prefix[known].unique(return_counts=True)           # (prefixes,)
     alone = (sharing == 1).sum() / known.sum().clamp(1)             # ()
-    used = [len(level.unique()) for level in codes[1:].T]           # one number a level
-    print(f"codes: K = {K}, in use at each level {used}; {alone:.0%} of the known items are alone "
-          f"after level 3, {moved.sum()} were moved")
+    used = [len(level.unique()) for level in codes[known].T]        # one number a level
+    print(f"codes: K = {K}, in use at each level {used}; {alone:.0%} of the known items share "
+          f"three codes with no other known one, {moved.sum()} items were moved")
     return codes.to(torch.int16), moved.sum().item()
 
 
@@ -496,7 +514,7 @@ def redistribute(codes, prefix, moved, embeddings, codebooks):
     nearest branch that has room. Changes codes (N+1, 3) and prefix (N+1,) in place.
     """
     # Entry p of behind[l] counts the items behind the prefix p of l + 1 codes. Were K = 10, then
-    # behind[1][31] would be the items whose codes begin 3 1, with the branches 310, 311, .. 319.
+    # behind[1][31] would count the items whose codes begin 3 1, with the branches 310, .. 319.
     K = codebooks.shape[1]
     stays = prefix[1:][~moved[1:]]                                  # (stays,)
     behind = [torch.bincount(stays // (K * K), minlength=K),        # (K,)
@@ -556,10 +574,10 @@ def main(argv=None):
 
 
 def save_codes(name, embeddings, known, data, run, args, codebooks=None):
-    """Cuts vectors into codes, and writes both as a file that 05 can show and write.
+    """Cuts vectors into codes, and writes both as a file whose codes 05 can read and write.
 
-    embeddings: (N+1, d), as standard_embeddings gives them; known: (N+1,); codebooks: (3, K, d), or
-    None: those of residual k-means
+    embeddings: (N+1, d), as standard_embeddings gives them; known: (N+1,); codebooks: (3, K, d) of
+    tests/related, or None: those of residual k-means
     """
     rng = torch.Generator().manual_seed(args.seed)
     K = codebook_size(len(known) - 1)
@@ -592,11 +610,10 @@ def embed_items(data, args):
     all_texts = [item_text(*field) for field in fields]  # N+1 of them; that of item 0 is empty
     N = len(all_texts) - 1
 
-    # An item is known by a vector that is not zero, or by a text that has a word.
+    # Which items are known: by a vector that is not zero, or by a text that has a word.
     if args.embeddings:
         x = from_file(Path(args.embeddings), N)                     # (N, width)
         known = F.pad((x != 0).any(1), (1, 0))                      # (N+1,), item 0 is not
-        x = x[known[1:]]                                            # (n, width)
     else:
         has_word = [re.search(r"\w", text) is not None for text in all_texts]
         known = torch.tensor(has_word)                              # (N+1,)
@@ -608,29 +625,39 @@ def embed_items(data, args):
         return torch.zeros(0, 1), known
     print(f"the first of them: {texts[0][:150]!r}")
 
-    if not args.embeddings and not args.embed_url:
-        rng = torch.Generator().manual_seed(args.seed)
-        return built_in(texts, rng), known
-    if args.embed_url:
+    # Their vectors, through one of the three doors.
+    if args.embeddings:
+        x = x[items - 1]                                            # (n, width)
+    elif args.embed_url:
         x = from_endpoint(args.embed_url, args.embed_model, texts, args.embed_batch)
+    else:
+        rng = torch.Generator().manual_seed(args.seed)
+        return built_in(texts, rng), known                          # (n, d), (N+1,)
 
-    # One vector that holds NaN would make all of them NaN. Its least number is then NaN too.
+    # Vectors that were made elsewhere may be broken, and lie in a cone.
+    refuse_nan(x, [data["item_ids"][item] for item in items])
+    return whiten(x), known                                         # (n, d), (N+1,)  [17]
+
+
+def refuse_nan(x, item_ids):
+    """Ends the script where a vector holds NaN or infinity: one would make all of them NaN.
+
+    x: (n, width), item_ids: n of them
+    """
+    # The least of some numbers that hold a NaN is NaN.
     least, greatest = x.aminmax(dim=1)                              # (n,), (n,)
     finite = least.isfinite() & greatest.isfinite()                 # (n,)
-    bad = items[~finite]                                            # (bad,)
-    if len(bad):
-        item = data["item_ids"][bad[0]]
-        fail(f"The vector of item {item} holds NaN or infinity: make it again.")
-    x = whiten(x)                                                   # (n, d)  [17]
-    return x, known
+    for item_id, is_finite in zip(item_ids, finite.tolist()):
+        if not is_finite:
+            fail(f"The vector of item {item_id} holds NaN or infinity: make it again.")
 
 
 def standard_embeddings(vectors, known):
     """Mean 0 in each column, mean square 1 over all: a row for each item. (n, d) -> (N+1, d)
 
-    This changes no code: centroids move and grow with the vectors. It is for 05, whose tokens start
-    from the centroids: what all items share would drown what tells them apart. (Whitened vectors
-    have almost this form already.)
+    05's tokens start from the centroids, and what all items share would drown what tells them
+    apart. No code is changed, as centroids move and grow with the vectors. (Whitened vectors have
+    almost this form already.)
     """
     centred = vectors - vectors.mean(0)                             # (n, d)
     scale = centred.square().mean().sqrt().clamp(min=1e-6)          # ()
@@ -643,8 +670,9 @@ def standard_embeddings(vectors, known):
 # Door three: an endpoint may be busy, restarting, or gone. Nothing here belongs to the method.
 
 TIMEOUT = (10, 120)  # seconds to connect, seconds to wait for an answer
-ATTEMPTS = 5         # at one request; an answer cut off begins anew, with one attempt less
-RETRIES = 50         # failures that one run forgives, all together; none before a cut-off counts
+ATTEMPTS = 5         # at one request; after an answer that is cut off, one less
+RETRIES = 50         # failures that one run forgives, all together; answers cut off, and what
+#                      failed before them in a request, are bounded by ATTEMPTS only
 LONGEST_WAIT = 60    # seconds, whatever the endpoint asks for
 TRY_AGAIN = [429, *range(500, 600)]  # "too many requests", and the server's own errors
 
@@ -717,7 +745,7 @@ def start(main):
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped: the same command (without --fresh) goes on with what is written already.")
+        fail("stopped: give the same command again (never --fresh): it takes what is written.")
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
 

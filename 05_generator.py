@@ -1629,7 +1629,7 @@ def start(main):
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped: the same command (without --fresh) goes on with what is written already.")
+        fail("stopped: give the same command again (never --fresh): it takes what is written.")
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # OSError: a full disk, say
         fail(f"stopped ({type(error).__name__}: {error}): mend that, then run the same command.")
 

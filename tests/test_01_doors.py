@@ -196,6 +196,32 @@ def test_events_alone_are_a_shop_without_words(tmp_path):
     assert "with words, for 04: 0.0%" in done.stdout
 
 
+def test_what_is_read_in_part_is_counted_too(tmp_path):
+    """Ratings in words, a line without its last separator, a text that is cut; titles that the log has are named."""
+    folder = two_tables(tmp_path / "folder")
+    events = (folder / "events.csv").read_text().split()[1:]
+    stars = ["5 stars", "4,5", "5", "-1", ""]  # the second has a comma too many
+    lines = [f"{event},{stars[n % 5]}" for n, event in enumerate(events)]
+    write(folder / "events.csv", ["user_id,item_id,timestamp,rating", *lines, "u0,1 1600000000"])
+    items = [{"item_id": str(i), "title": 1980.0 + i, "images": {"large": f"{i}.jpg"}} for i in range(6)]
+    items[0]["description"] = "w" * 2001
+    (folder / "items.csv").unlink()
+    write(folder / "items.jsonl", map(json.dumps, items))
+    run(tmp_path / "run", "--dataset", folder, "--image-size", 8, "--k-core", 3)
+    data, _ = read(tmp_path / "run")
+    counts = data["meta"]["counts"]
+    assert counts["events: rating not understood, level 0"] == 8 and counts["events.csv: malformed line"] == 7
+    assert counts["events.csv: line with fewer columns than the header"] == 1 and counts["events: bad time"] == 1
+    assert counts["items: title or text cut"] == 1 and len(data["texts"][1]) == 2000
+    assert data["titles"][1:] == [str(1980 + i) for i in range(6)]
+    assert counts["items: picture is named, but no such file"] == 6
+
+    write(folder / "events.csv", ["user_id,item_id,timestamp,title", *(f"{event},good" for event in events)])
+    (folder / "items.jsonl").unlink()
+    done = run(tmp_path / "other", "--dataset", folder, "--image-size", 8)
+    assert "not read of events.csv: title" in done.stdout
+
+
 def test_titles_without_a_known_column_of_ids_stop_the_run(tmp_path):
     folder = two_tables(tmp_path / "folder")
     write(folder / "items.csv", ["code,title", "1,Film 1"])
