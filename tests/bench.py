@@ -1916,6 +1916,7 @@ def main():
         options = ["--device", args.device] + ["--smoke"] * args.smoke
         codes = [subprocess.run([sys.executable, __file__, name, *options]).returncode for name in chosen]
         sys.exit(1 if any(codes) else 0)
+    torch.set_num_threads(1)  # where a part says nothing else
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if chosen == ["gpu"]:
         show(bench_gpu(args.device, args.smoke))

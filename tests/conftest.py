@@ -10,10 +10,13 @@ import sys
 import pytest
 import torch
 
-torch.set_num_threads(1)
-
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("0?_*.py"))
+
+
+def pytest_configure():
+    """One thread for the tests, and for them alone: others import this file for what stands below."""
+    torch.set_num_threads(1)
 
 
 def script(number):

@@ -39,6 +39,7 @@ from PIL import Image
 from conftest import command, script
 
 os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 os.environ["no_proxy"] = "127.0.0.1,localhost"
 
