@@ -17,6 +17,7 @@ import utgrec
 
 SYSTEMS = [mmgrec, lamia, macrec, utgrec]
 VARIANTS = [(system, variant) for system in SYSTEMS for variant in system.VARIANTS]
+VARIANTS += [(utgrec, variant) for variant in utgrec.TRANSFERS]
 FAST = ["--smoke", "--length", "2", "--batch", "512"]  # few lengths of histories: few batches
 
 
@@ -67,14 +68,16 @@ def call(system, run, variant, *options):
 
 
 def with_codes_of_utgrec(run):
-    """What utgrec-transfer reads of another run: here, of the same one."""
-    shutil.copy(run / "text_codes.pt", run / "utgrec_codes.pt")
-    return ["--codebooks-of", str(run)]
+    """What utgrec-transfer reads of another run: here, it has the codebooks of 04."""
+    other = run / "other"
+    other.mkdir()
+    shutil.copy(run / "text_codes.pt", other / "utgrec_codes.pt")
+    return ["--codebooks-of", str(other)]
 
 
 @pytest.mark.parametrize("system, variant", VARIANTS, ids=[variant for _, variant in VARIANTS])
 def test_a_variant_recommends_items_of_the_shop(system, variant, run):
-    options = with_codes_of_utgrec(run) if system is utgrec else []
+    options = with_codes_of_utgrec(run) if variant in utgrec.TRANSFERS else []
     call(system, run, variant, *options)
     saved = load(run / f"predictions-{variant}-s0.pt")
     N = len(load(run / "data.pt")["item_ids"]) - 1
@@ -120,6 +123,32 @@ def test_same_seed_same_codes_and_another_seed_others(run, no_training):
             call(system, run, variant, "--seed", str(seed))
             made.append(load(run / f"{name}_codes.pt")["embeddings"])
         assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.__name__)
+def test_codes_are_the_same_file_in_every_run_and_made_by_one_process_and_for_no_history(system, run, no_training,
+                                                                                        monkeypatch):
+    """05 refuses codes that are not those of its training, which it may be asked about, or go on with."""
+    variant = system.__name__
+    path = run / ("macrec-text_codes.pt" if system is macrec else f"{variant}_codes.pt")
+    call(system, run, variant)
+    before = path.read_bytes()
+    call(system, run, variant, "--fresh")
+    assert path.read_bytes() == before
+
+    path.unlink()
+    call(system, run, variant, "--history", "a title")
+    monkeypatch.setenv("RANK", "1")  # as torchrun has it for the second process
+    call(system, run, variant)
+    assert not path.exists() and len(no_training) == 4  # 05 was called, all the same
+
+
+def test_vectors_that_were_learnt_from_histories_are_shrunk_and_those_of_texts_are_shown_whole(run, no_training):
+    for system, variant, learnt in ((lamia, "lamia", True), (lamia, "lamia-text", False), (mmgrec, "mmgrec", True),
+                                    (utgrec, "utgrec", False)):
+        call(system, run, variant)
+        shrunk = system.five.options(no_training[-1]).shrunk.split(",")
+        assert (variant in shrunk) == learnt and "collab-content" in shrunk, variant
 
 
 def test_neither_validation_nor_test_events_reach_the_codes(run, no_training):
@@ -206,8 +235,11 @@ def test_mmgrec_s_control_keeps_all_degrees_and_no_edge(run, no_training, monkey
     other_x, _, same_item = edges["mmgrec-no-content"]
     assert torch.equal(item, same_item) and torch.equal(x.sort(0).values, other_x.sort(0).values)
     assert not torch.equal(x, other_x)
-    by_sales = load(run / "mmgrec_codes.pt")["codes"]
-    assert by_sales.shape == load(run / "mmgrec-unsorted_codes.pt")["codes"].shape
+
+    # The same graph, so the same three codes: only the numbers of those that share them differ.
+    by_sales = load(run / "mmgrec_codes.pt")["codes"]                   # (N+1, L)
+    at_random = load(run / "mmgrec-unsorted_codes.pt")["codes"]         # (N+1, L)
+    assert torch.equal(by_sales[:, :3], at_random[:, :3]) and not torch.equal(by_sales[:, 3], at_random[:, 3])
 
 
 # --- LAMIA ------------------------------------------------------------------------------------------------------------
@@ -337,6 +369,15 @@ def test_macrec_s_contrast_is_its_formula():
     assert macrec.contrast(left, label).item() == pytest.approx(float(sum(losses) / 7), rel=1e-5)
 
 
+def test_no_item_is_its_own_positive(monkeypatch):
+    """A batch with an item twice would pull it to itself."""
+    x = related_modalities()[0][:80]                                    # (n, d) a few more than a batch has
+    batches = []
+    monkeypatch.setattr(macrec, "contrast", lambda left, label: batches.append(label) or left.sum())
+    macrec.cross(x, torch.arange(80), 0.1, 8, 5, torch.manual_seed(0))
+    assert all(len(label.unique()) == len(label) == macrec.BATCH for label in batches) and len(batches) == 5
+
+
 def test_macrec_s_control_permutes_the_clusters_and_its_base_has_weight_0(run, no_training, monkeypatch):
     given = {}
 
@@ -367,7 +408,7 @@ def loud_and_quiet():
     """
     kind = torch.arange(64) % 8                                         # (n,)
     style = torch.arange(64) // 8                                       # (n,)
-    x = torch.cat([1.2 * torch.eye(8)[kind], torch.eye(8)[style]], 1)   # (n, 16)
+    x = torch.cat([1.4 * torch.eye(8)[kind], torch.eye(8)[style]], 1)   # (n, 16)
     x = F.pad(x - x.mean(0), (0, 0, 1, 0))                              # (65, 16)
     text = {"embeddings": x, "codebooks": utgrec.three.residual_kmeans(x[1:], 8, torch.manual_seed(0))}
     pairs = (style == style.unsqueeze(1)).fill_diagonal_(False).nonzero() + 1  # (P, 2)
@@ -386,10 +427,24 @@ def test_neighbours_share_more_codes_after_utgrec_and_neither_in_base_nor_contro
     dealt = torch.stack([pairs[:, 0], pairs[torch.randperm(len(pairs)), 1]], 1)  # (P, 2)
     share = {"before": shared(text["embeddings"], pairs)}
     for name, eta, given in (("utgrec", 0.3, pairs), ("base", 0, pairs), ("control", 0.3, dealt)):
-        z = utgrec.tune(text, None, given, eta, 200, torch.manual_seed(1))  # (65, d)
+        # With many more steps a contrast with any neighbours makes kind and style equally loud.
+        z = utgrec.tune(text, None, given, eta, 120, torch.manual_seed(1))  # (65, d)
         share[name] = shared(z, pairs)
     assert share["before"] < 0.2 and share["base"] < 0.2 and share["control"] < 0.4
     assert share["utgrec"] > 0.6
+
+
+def test_neither_the_item_itself_nor_its_neighbour_s_copy_is_a_wrong_answer():
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(6, 4), dim=1)                           # (n, d)
+    a = torch.tensor([1, 2, 1, 4, 0])                                   # (B,)
+    b = torch.tensor([2, 3, 3, 1, 0])                                   # (B,) 2's neighbour 3 is there twice
+    losses = []
+    for i in range(5):
+        answers = [j for j in range(5) if j == i or (b[j] != b[i] and b[j] != a[i])]
+        total = sum((x[a[i]] @ x[b[j]] / utgrec.TAU).exp() for j in answers)
+        losses.append(total.log() - x[a[i]] @ x[b[i]] / utgrec.TAU)
+    assert utgrec.pull(x[a], x[b], a, b).item() == pytest.approx(float(sum(losses) / 5), rel=1e-5)
 
 
 def test_utgrec_s_control_keeps_how_often_an_item_is_a_neighbour_and_its_base_has_eta_0(run, no_training, monkeypatch):
@@ -440,8 +495,12 @@ def test_utgrec_keeps_the_codebooks_of_another_run_bit_for_bit(run, no_training,
     assert noise.shape == theirs.shape and not torch.equal(noise, theirs)
 
 
-def test_utgrec_without_the_other_run_is_one_sentence(run, capsys):
-    with pytest.raises(SystemExit) as stop:
-        call(utgrec, run, "utgrec-transfer", "--codebooks-of", str(run / "nowhere"))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and "utgrec_codes.pt is missing" in said
+def test_utgrec_without_another_run_is_one_sentence(run, capsys):
+    """The run itself is no other one: a transfer from a shop to the same shop would show nothing."""
+    shutil.copy(run / "text_codes.pt", run / "utgrec_codes.pt")
+    for options, message in (([], "needs --codebooks-of"), (["--codebooks-of", str(run)], "needs --codebooks-of"),
+                             (["--codebooks-of", str(run / "nowhere")], "utgrec_codes.pt is missing")):
+        with pytest.raises(SystemExit) as stop:
+            call(utgrec, run, "utgrec-transfer", *options)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and message in said

@@ -7,28 +7,25 @@ and split into three heads, and with C_a the codebook of head a,
 
     (p_1, p_2, p_3) = R x,   c_a = argmin_k ||p_a - C_a[k]||^2
 
-C_a[c_a], written with zeros for the other heads, can be subtracted from R x and leaves them as they
-are: so the residual quantiser of 04 gives these very codes. R is the rotation whose codes rebuild x
-best (optimised product quantisation, Ge et al., CVPR 2013): a head that mixes two aspects would
-need a centroid for each pair of their values. Left out: the language model, and how it is tuned (to
-rebuild texts, and by contrast). Heads are three, as many as our codes; the decoder still writes
-them one after another. lamia-text, which is what LAMIA has, is to be seen beside `tiger`.
+A centroid C_a[k] is stored with zeros in the columns of the other heads, so to subtract it from
+R x leaves these heads unchanged: the residual quantiser of 04 gives these very codes. R is the
+rotation whose codes rebuild x best (optimised product quantisation, Ge et al., CVPR 2013): a head
+that mixes two aspects would need a centroid for each pair of their values. Left out: the language
+model, and how it is tuned (to rebuild texts, and by contrast). Heads are three, as many as our
+codes; the decoder still writes them one after another. LAMIA cuts vectors of texts: lamia-text is
+nearest to it, and is to be compared with `tiger`, which cuts such vectors residually.
 
     python 02_sasrec.py --name sasrec-content --content text,image     # whose vectors lamia reads
     python tests/related/lamia.py --run runs/toy
     python tests/related/lamia.py --run runs/toy --variant lamia-base  # or another
+    python 05_generator.py --name tiger --modalities text --target text  # beside lamia-text
 
 letters  n items with a vector, N items, K values of a code, d width of a vector that is cut into
          codes
 """
-import argparse
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import script
+from variation import makes_codes, only_seed, own_options, script
 
 four = script(4)
 five = script(5)
@@ -52,7 +49,10 @@ def columns(x):
 
 
 def rough_kmeans(x, K, rng):
-    """A codebook that is other in every call: a good one would keep a rotation where it began."""
+    """A codebook that is rough on purpose, and another one in each call.
+
+    Codebooks that are fitted well to a rotation make it the best one for them: it would never turn.
+    """
     start = torch.randint(len(x), (K,), generator=rng)          # (K,)
     return four.lloyd(x, x[start], ROUGH)                       # (K, d)
 
@@ -81,30 +81,20 @@ def learn_heads(x, K, rng, turns):
 
 def print_aspects(codes, codebooks, known, data):
     """What each code by itself says of the items' properties. codes: (N+1, 3)"""
-    positions = {}
-    for l in range(3):
-        code = codes[:, l:l + 1]                                # (N+1, 1)
-        positions[f"code {l + 1}"] = {"codes": code, "codebooks": codebooks, "known": known}
+    all_three = {"codebooks": codebooks, "known": known}
+    positions = {f"code {l + 1}": all_three | {"codes": codes[:, l:l + 1]} for l in range(3)}
     labels = six.labels_of_items(data)
     told = six.describe_codes(positions, labels, torch.Generator().manual_seed(0))
     print(six.meaning_table(told, labels))
 
 
-def main(argv=None):
-    """Makes the codes of a variant, then calls 05, which shows and writes them."""
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default="lamia")
-    ours, rest = parser.parse_known_args(argv)
-    name = ours.variant
-    args = five.options(rest)
+def make_codes(name, run, args):
+    """Writes NAME_codes.pt, and prints what the codes say."""
     rng = torch.manual_seed(args.seed)
-    run = four.Run(args.run)
     data = run.load("data.pt", "01_data.py")
     if name == "lamia-text":
-        shown = []
         saved = run.load("text_codes.pt", "04_text_codes.py")
     else:
-        shown = ["image", "text"] if (run.folder / "image_codes.pt").exists() else ["text"]
         saved = run.load("collab-content_codes.pt", "02_sasrec.py --name sasrec-content")
     known = saved["known"]                                      # (N+1,)
     if not known.any():
@@ -116,17 +106,32 @@ def main(argv=None):
     if name == "lamia-base":
         codebooks = four.residual_kmeans(x, K, rng)             # (3, K, d)
     else:
-        turns = 0 if name == "lamia-rotated" else TURNS
-        x = learn_heads(x, K, rng, turns)                       # (n, d)
+        x = learn_heads(x, K, rng, 0 if name == "lamia-rotated" else TURNS)  # (n, d)
         codebooks = parallel_kmeans(x, K, rng)                  # (3, K, d)
     if name == "lamia-control":
         for own in columns(x):
             x[:, own] = x[torch.randperm(len(x))][:, own]       # (n, own)
 
     embeddings[known] = x
-    four.save_codes(f"{name}_codes.pt", embeddings, known, data, run, args, codebooks)
+    four.save_codes(f"{name}_codes.pt", embeddings, known, data, run, only_seed(args), codebooks)
     print_aspects(four.quantise(embeddings, codebooks)[0], codebooks, known, data)
-    five.main(["--name", name, "--modalities", ",".join([*shown, name]), "--target", name, *rest])
+
+
+def main(argv=None):
+    """Makes the codes of a variant, then calls 05, which shows and writes them."""
+    name, line = own_options(argv, __doc__, VARIANTS)
+    args = five.options(line)
+    run = four.Run(args.run)
+    if makes_codes(args):
+        make_codes(name, run, args)
+    shown = ["image", "text"] if (run.folder / "image_codes.pt").exists() else ["text"]
+    # With --lookahead: vectors that were learnt from the histories are shrunk, as those of 02.
+    shrunk = f"{args.shrunk},{name}"
+    if name == "lamia-text":
+        shown = []
+        shrunk = args.shrunk
+    five.main(["--modalities", ",".join([*shown, name]), "--target", name,
+               "--shrunk", shrunk, *line])
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """MACRec: codes of texts and pictures whose deep levels have heard of the other modality.
 
-MACRec (Zhang et al., AAAI 2026, arXiv 2511.15122) quantises texts and pictures apart, but pulls
-together what is left of two items, after some codes, if the other modality has them in one cluster:
-then deep codes have something to say, and fewer items share all of theirs. Tried here is this
-contrast. In an autoencoder around the residual quantiser of 03, with f_i the direction of what two
-codes leave of z_i, and P(i) the items of the batch with i's first code in the other modality,
+MACRec (Zhang et al., AAAI 2026, arXiv 2511.15122) quantises texts and pictures apart. After some
+codes little is left to tell items apart. What is left of two items is pulled together if the other
+modality puts them in one cluster; so deep codes carry that, and fewer items share all codes. Tried
+here is this contrast. In an autoencoder around the residual quantiser of 03, with f_i the direction
+of what two codes leave of z_i, and P(i) the other items of the batch that have i's first code in
+the other modality,
 
-    loss = ||decode(z_q) - x||^2 / d + beta commitment + weight L_con
-    L_con = mean over i and p in P(i) of - log [exp(f_i.f_p / tau) / sum_j exp(f_i.f_j / tau)]
+    loss = ||decode(z_q) - x||^2 / d + beta commitment + weight * mean over i of L_i
+    L_i = mean over p in P(i) of - log [exp(f_i.f_p / tau) / sum over j != i of exp(f_i.f_j / tau)]
 
-The public code takes the straight-through vector, z + sg(z_q - z), from z: what is left has no
-gradient then, and the contrast trains nothing. Here it is z - sg(C[c]), as in 03. Left out: what
+and L_i = 0 where P(i) is empty. With sg(y) for y without its gradient: the public code subtracts
+z + sg(z_q - z) from z, so that what is left has no gradient, and the contrast trains nothing. Here
+z - sg(C[c]) is left, with C[c] the centroid of the item's code, as in 03. Left out: what
 aligns both modalities' codes, in the quantiser and in the generator, lists of both put together,
 and a fourth level that is learnt; theirs draws one p, we take the mean of all.
 
@@ -21,16 +23,11 @@ and a fourth level that is learnt; theirs draws one p, we take the mean of all.
 letters  n items that have the modality, N items, K values of a code, d width of a vector that is
          cut into codes, B items in a batch
 """
-import argparse
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import script
+from variation import makes_codes, only_seed, own_options, script
 
 three = script(3)
 four = script(4)
@@ -49,7 +46,7 @@ BATCH = 256
 
 
 def contrast(left, label):
-    """L_con. left: what codes leave of z, (B, d); label: (B,), -1 for none -> ()"""
+    """The mean of all L_i. left: what codes leave of z, (B, d); label: (B,), -1: none -> ()"""
     f = F.normalize(left, dim=1)                                # (B, d)
     log_p = (f @ f.T / TAU).fill_diagonal_(-torch.inf).log_softmax(1)  # (B, B)
     shared = ((label == label.unsqueeze(1)) & (label >= 0)).fill_diagonal_(False)  # (B, B)
@@ -74,10 +71,11 @@ def cross(x, label, weight, K, steps, rng):
     optimizer = torch.optim.Adam([*encode.parameters(), *decode.parameters()])
     quantiser = three.ResidualQuantiser(three.residual_kmeans(encode(x).detach(), K, rng))
     for _ in range(steps):
-        some = torch.randint(len(x), (BATCH,), generator=rng)   # (B,)
+        # No item twice: its copy would be the easiest of its P(i).
+        some = torch.randperm(len(x), generator=rng)[:BATCH]    # (B,)
         z = encode(x[some])                                     # (B, d)
         z_q, commitment = quantiser(z)                          # (B, d), ()
-        loss = F.mse_loss(decode(z_q), x[some]) + three.BETA * commitment / BATCH  # ()
+        loss = F.mse_loss(decode(z_q), x[some]) + three.BETA * commitment / len(z)  # ()
         left = after_two_codes(z, quantiser.codebooks)          # (B, d)
         loss = loss + weight * contrast(left, label[some])      # ()
         optimizer.zero_grad()
@@ -91,15 +89,9 @@ def cross(x, label, weight, K, steps, rng):
     return three.standardise(z, quantiser.codebooks)
 
 
-def main(argv=None):
-    """Makes the codes of both modalities, then calls 05, which shows them and writes the text's."""
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default="macrec")
-    ours, rest = parser.parse_known_args(argv)
-    name = ours.variant
-    args = five.options(rest)
+def make_codes(name, run, args):
+    """Writes NAME-image_codes.pt and NAME-text_codes.pt."""
     rng = torch.manual_seed(args.seed)
-    run = four.Run(args.run)
     data = run.load("data.pt", "01_data.py")
     text = run.load("text_codes.pt", "04_text_codes.py")
     pictures = (run.folder / "image_codes.pt").exists() and data["has_image"].any()
@@ -117,9 +109,18 @@ def main(argv=None):
         x = own["embeddings"]                                   # (N+1, d)
         K = own["codebooks"].shape[1]
         x[known], codebooks = cross(x[known], label, weight, K, steps, rng)  # (n, d), (3, K, d)
-        four.save_codes(f"{name}-{kind}_codes.pt", x, known, data, run, args, codebooks)
-    five.main(["--name", name, "--modalities", f"{name}-image,{name}-text,collab",
-               "--target", f"{name}-text", *rest])
+        four.save_codes(f"{name}-{kind}_codes.pt", x, known, data, run, only_seed(args),
+                        codebooks)
+
+
+def main(argv=None):
+    """Makes the codes of both modalities, then calls 05, which shows them and writes the text's."""
+    name, line = own_options(argv, __doc__, VARIANTS)
+    args = five.options(line)
+    if makes_codes(args):
+        make_codes(name, four.Run(args.run), args)
+    five.main(["--modalities", f"{name}-image,{name}-text,collab", "--target", f"{name}-text",
+               *line])
 
 
 if __name__ == "__main__":

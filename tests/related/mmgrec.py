@@ -10,8 +10,8 @@ edge is a training event, and with x the content vectors of items, image and tex
 with a leaky ReLU between the two layers. BPR trains them: - log sigmoid(h_u . h_i - h_u . h_j),
 where user u had item i, and j is any item. Left out: its attention for sets (our histories have an
 order), its autoencoder around the quantiser, audio, users' vectors in the generator. Its order of
-items that share three codes, the most bought first, is in all our codes [9]; mmgrec-unsorted shows
-what that is worth.
+items that share three codes, the most bought first, all our codes have (detail 9 in
+tests/README.md); mmgrec-unsorted shows what that is worth.
 
     python tests/related/mmgrec.py --run runs/toy
     python tests/related/mmgrec.py --run runs/toy --variant mmgrec-control   # or another
@@ -19,28 +19,24 @@ what that is worth.
 
 letters  N items, U users, d width of the content vectors, E width of the model
 """
-import argparse
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import script
+from variation import makes_codes, only_seed, own_options, script
 
 four = script(4)
 five = script(5)
 
 VARIANTS = {
     "mmgrec": "content mixed over the graph of training events",
-    "mmgrec-control": "the edges' items permuted, all degrees kept: content alone",
+    "mmgrec-control": "the edges' items permuted, all degrees kept: content and popularity alone",
     "mmgrec-no-content": "content permuted over the items: the graph alone",
     "mmgrec-unsorted": "items that share three codes are numbered at random",
 }
 BASE = "mscgrec"
-# Chosen by how often h_u . h_i has the validation item among its first ten.
+# Chosen, when this file was written, by how often h_u . h_i has the validation item among its first
+# ten. So the graph is tuned, which no other system here is; the generator is not.
 STEPS = 300
 LR = 3e-3
 DROPOUT = 0.5  # of content
@@ -97,17 +93,10 @@ def mix(x, user, item, U, E):
     return [h.detach() for h in graph.eval()(x)]
 
 
-def main(argv=None):
-    """Makes the codes of a variant, then calls 05, which shows and writes them."""
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default="mmgrec")
-    ours, rest = parser.parse_known_args(argv)
-    name = ours.variant
-    args = five.options(rest)
+def make_codes(name, shown, run, args):
+    """Writes NAME_codes.pt. shown: the modalities that content is made of"""
     torch.manual_seed(args.seed)
-    run = four.Run(args.run)
     data = run.load("data.pt", "01_data.py")
-    shown = ["image", "text"] if (run.folder / "image_codes.pt").exists() else ["text"]
     parts = [run.load(f"{kind}_codes.pt", "03 or 04")["embeddings"] for kind in shown]
     x = torch.cat(parts, 1)                                     # (N+1, d)
     user, item = training_edges(data)                           # (edges,) both
@@ -117,13 +106,24 @@ def main(argv=None):
         item = item[torch.randperm(len(item))]                  # (edges,)
     if name == "mmgrec-no-content":
         x[1:] = x[1:][torch.randperm(len(x) - 1)]               # (N, d)
-    if name == "mmgrec-unsorted":
-        data["train_counts"] = torch.randperm(len(x))           # (N+1,)
     _, h = mix(x, user, item, len(data["user_ids"]), args.width)  # (N+1, E)
+    if name == "mmgrec-unsorted":  # drawn after the graph is trained, which is that of mmgrec
+        data["train_counts"] = torch.randperm(len(x))           # (N+1,)
     embeddings = four.standard_embeddings(h[known], known)      # (N+1, E)
-    four.save_codes(f"{name}_codes.pt", embeddings, known, data, run, args)
-    five.main(["--name", name, "--modalities", ",".join([*shown, name]), "--target", name,
-               "--shrunk", name, *rest])
+    four.save_codes(f"{name}_codes.pt", embeddings, known, data, run, only_seed(args))
+
+
+def main(argv=None):
+    """Makes the codes of a variant, then calls 05, which shows and writes them."""
+    name, line = own_options(argv, __doc__, VARIANTS)
+    args = five.options(line)
+    run = four.Run(args.run)
+    shown = ["image", "text"] if (run.folder / "image_codes.pt").exists() else ["text"]
+    if makes_codes(args):
+        make_codes(name, shown, run, args)
+    # Its vectors were learnt from the histories, as SASRec's: see --shrunk.
+    five.main(["--modalities", ",".join([*shown, name]), "--target", name,
+               "--shrunk", f"{args.shrunk},{name}", *line])
 
 
 if __name__ == "__main__":
