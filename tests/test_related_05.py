@@ -135,6 +135,22 @@ def test_the_control_of_liger_gives_new_items_each_other_s_vectors(unseen, monke
     assert torch.equal(right.content[new].sort(0)[0], wrong.content[new].sort(0)[0])
 
 
+def test_liger_trained_is_searched_as_05_is_and_trained_as_liger_is(unseen, monkeypatch):
+    """So liger-beam less liger-trained is what the new order does."""
+    liger = SYSTEMS["liger"]
+    monkeypatch.setattr(liger.five, "main", lambda line: None)
+    for variant, search in (("liger-trained", liger.plain.beam_search), ("liger-beam", liger.beam_search)):
+        liger.main(["--run", str(unseen[0]), "--smoke", "--variant", variant])
+        assert liger.five.beam_search is search and liger.five.batch_losses is liger.batch_losses
+
+
+def test_what_liger_knows_of_items_is_where_its_model_is_and_not_saved(unseen, monkeypatch):
+    """A device is chosen late: under torchrun each process has another one."""
+    model, _, _ = liger_list(unseen, "liger", monkeypatch, 0.0)
+    assert model.to("meta").new.is_meta and model.joins.is_meta
+    assert not {"new", "joins", "content"} & model.state_dict().keys()
+
+
 def test_liger_learns_beside_the_codes_and_never_that_a_new_item_is_wrong(unseen, monkeypatch):
     model, _, _ = liger_list(unseen, "liger", monkeypatch, 0.0)
     monkeypatch.undo()
@@ -161,8 +177,9 @@ def test_liger_prints_what_new_items_win_and_the_others_lose(unseen, capsys):
         torch.save({"test": top.int()}, run / f"predictions-{name}-s0.pt")
     SYSTEMS["liger"].report(argparse.Namespace(run=run, name="liger", seed=0), data, new)
     base, ours = capsys.readouterr().out.strip().split("\n")
-    assert base.startswith("mscgrec: Recall@10 of new items 0.0000 (by chance 0.0000)")
-    assert ours.startswith("liger: Recall@10 of new items 1.0000") and ours.endswith("of others 1.0000")
+    those = "of those who look for a new item"
+    assert base == f"mscgrec: Recall@10 0.0000 {those}, 0.0000 of others; new items by chance 0.0000"
+    assert ours.startswith(f"liger: Recall@10 1.0000 {those}, 1.0000 of others; ")
 
 
 def test_liger_without_texts_and_pictures_is_one_sentence(run, capsys):
@@ -219,6 +236,34 @@ def test_versions_of_mtgrec_are_neighbours_and_those_of_its_controls_are_not(sou
     assert shares(noise)[0] > 5 * first
 
 
+def test_an_item_without_a_vector_has_the_same_random_codes_in_all_versions(source):
+    lacking, counts = dict(source[0]), source[1]
+    lacking["known"] = torch.arange(2001) > 100
+    for variant in ("mtgrec", "mtgrec-control"):
+        codes = versions_of((lacking, counts), variant)[:, :100, :3]
+        assert all(torch.equal(codes[0], other) for other in codes)
+
+
+def restless(x, codebooks, rng):
+    """Codebooks of five versions that differ: in a shop so small those of the quantiser hardly do."""
+    for _ in range(5):
+        yield codebooks + 0.5 * torch.randn(codebooks.shape, generator=rng)
+
+
+def test_a_version_of_mtgrec_with_lookahead_has_a_table_of_its_own(run, monkeypatch):
+    """It holds the means of the items that share a first code, and versions differ in these."""
+    mtgrec = SYSTEMS["mtgrec"]
+    monkeypatch.setattr(mtgrec, "quantisers", restless)
+    args = mtgrec.five.options(["--run", str(run), "--smoke", "--lookahead"])
+    data = load(run / "data.pt")
+    mtgrec.five.variant = "mtgrec"
+    model, _ = mtgrec.build(mtgrec.five.read_codes(mtgrec.five.Run(run), data, args), data, args)
+    last, first = model.versions[0].table, model.versions[-1].table
+    assert torch.equal(model.table, last) and not torch.equal(last, first)
+    mtgrec.show(model, -1)
+    assert torch.equal(model.table, first)
+
+
 def test_a_step_of_mtgrec_reads_and_writes_one_version_and_all_else_has_the_last(run, monkeypatch):
     mtgrec = SYSTEMS["mtgrec"]
     made = []
@@ -240,7 +285,7 @@ def test_a_step_of_mtgrec_reads_and_writes_one_version_and_all_else_has_the_last
         return model, trie
 
     monkeypatch.setattr(mtgrec, "build", keep)
-    monkeypatch.setattr(mtgrec, "PASSES", [1, 9, 9, 9, 9])  # in a shop so small versions would be the same
+    monkeypatch.setattr(mtgrec, "quantisers", restless)
     monkeypatch.setattr(mtgrec.plain, "train_step", watch)
     mtgrec.main(["--run", str(run), "--smoke", "--epochs", "3"])
     model, = made
@@ -382,6 +427,26 @@ def test_the_control_of_gamer_shuffles_levels_within_the_training_events_of_a_us
         assert torch.equal(before[end - 2:end], after[end - 2:end])
         assert torch.equal(before[begin:end].sort()[0], after[begin:end].sort()[0])
     assert 0.1 < (before != after).float().mean() < 0.5
+
+
+def test_gamer_prints_recall_by_the_level_of_the_test_event(run, monkeypatch, capsys):
+    gamer = SYSTEMS["gamer"]
+    data = load(run / "data.pt")
+    last = data["offsets"][1:] - 1
+    top = torch.where(data["levels"][last] == 1, data["events"][last], 0)  # found where the level is 1
+    for name in ("mscgrec", "gamer-told", "gamer"):
+        torch.save({"test": top.unsqueeze(1).repeat(1, 20).int()}, run / f"predictions-{name}-s0.pt")
+    monkeypatch.setattr(gamer.five, "main", lambda line: None)
+    gamer.main(["--run", str(run), "--smoke"])
+    assert capsys.readouterr().out.split("\n")[:3] == [
+        f"{name}: Recall@10 0.0000 of level 0, 1.0000 of level 1" for name in ("mscgrec", "gamer-told", "gamer")]
+
+
+def test_gamer_without_the_levels_of_a_history_is_one_sentence(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SYSTEMS["gamer"].main(["--run", str(run), "--history", "a title"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "no --history" in said
 
 
 def test_a_run_without_levels_is_one_sentence(run, capsys):

@@ -1,18 +1,20 @@
 """GAMER: an event has a level, and strong events look back at the weaker ones before them.
 
 In GAMER the levels are clicks, carts, purchases; here 01 makes them of ratings: 0, 1, .. Strong
-events are rare, and the weak ones before them tell why they came. So the level is added to the
-tokens of an event, and the encoder's output x goes through one more attention, with a gate, in
-which an event sees only earlier ones of lower levels. With q, k and v made of x,
+events are rare, and the weak ones before them tell why they came. So a learnt vector for the level
+is added to each token of an event, and the encoder's output x goes through one more attention, with
+a gate, in which an event sees only earlier ones of lower levels. With q, k and v made of x,
 
     x + silu(G x) * softmax(q . k + mask) v,
     mask = 0 where the key's event is earlier and its level is lower, else -inf
 
-A token that sees no key, as all those of level 0, gets exactly 0; the authors' code, as published,
-lets it see all tokens alike, the future too. The decoder is told the level of the event to write,
-in the search the highest one for everybody. Left out: sessions, a decoder without an encoder (so
-the codes that are written do not look back by level), several such layers, experts by position,
-copies of histories without some of the weak events.
+A token that sees no key, as all those of level 0, gets exactly 0. (In the authors' published code
+there such a token sees all tokens with equal weight, future ones too: their mask is finite.) The
+decoder is told the level of the event to write, in the search the highest one for everybody. The
+base knows no levels, so what the attention adds is seen beside gamer-told, which has all but it.
+It prints Recall@10 by the level of the test event: the idea is made for the highest one. Left out:
+sessions, a decoder without an encoder (so the codes that are written do not look back by level),
+several such layers, experts by position, copies of histories without some of the weak events.
 
 Wang et al., Generative Sequential Recommendation via Hierarchical Behavior Modeling,
 arXiv 2511.03155.
@@ -23,14 +25,9 @@ arXiv 2511.03155.
 letters  B users in a batch, T items of history, M tokens of an item of history, N items, U users,
          E width of the model, L codes of an item, V levels, n tokens of a history (T * M)
 """
-import argparse
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import script
+from variation import own_options, recalls, script
 
 BASE = "mscgrec"
 VARIANTS = {
@@ -116,26 +113,29 @@ def events_at(data, start, T, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default="gamer")
-    ours, others = parser.parse_known_args(argv)
-    line = ["--name", ours.variant, *others]
+    Levels.variant, line = own_options(argv, __doc__, VARIANTS)
     args = five.options(line)
+    if args.history is not None:
+        five.fail("gamer.py has no --history: nobody says of which levels those events were.")
     data = five.Run(args.run).load("data.pt", "01_data.py")
     if "levels" not in data:
         five.fail(f"{args.run}/data.pt has no levels: no ratings, all alike, or made by an old 01.")
 
     five.levels = data["levels"]                                        # (events,)
-    if ours.variant == "gamer-control":
+    if Levels.variant == "gamer-control":
         rng = torch.Generator().manual_seed(args.seed)
         for part in five.levels.split(data["offsets"].diff().tolist()):  # of one user
+            # Not those of the last two events, which are held out: training is not to see them.
             part[:-2] = part[:-2][torch.randperm(len(part) - 2, generator=rng)]
-    Levels.variant = ours.variant
     Levels.V = five.levels.max().item() + 1
     five.Generator = Gamer
     five.Lookahead = GamerLookahead
     five.events_at = events_at
     five.main(line)
+    last = data["levels"][data["offsets"][1:] - 1]                      # (U,) of the test events
+    groups = {f"level {v}": last == v for v in range(Levels.V)}
+    for recall, _ in recalls([BASE, "gamer-told", args.name], groups, data, args):
+        print(recall)
 
 
 if __name__ == "__main__":

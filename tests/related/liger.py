@@ -22,21 +22,17 @@ arXiv 2411.18814. New items are in the runs that "tests/questions.py unseen --ru
 letters  B users in a batch, T items of history, M tokens of an item of history, L codes of an item,
          N items, U users, E width of the model, d width of an item's text and picture vectors
 """
-import argparse
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import script
+from variation import own_options, recalls, script
 
 BASE = "mscgrec"
 VARIANTS = {
     "liger": "the items of the beam and all new ones, by the cosine",
     "liger-control": "the same, but every new item has the vectors of another new one",
-    "liger-beam": "the items of the beam alone, by the cosine: what the new order does",
+    "liger-beam": "the items of the beam alone, by the cosine",
+    "liger-trained": "LIGER's training, and the beam as in 05: beside it, liger-beam's new order",
 }
 TEMPERATURE = 0.07
 
@@ -45,18 +41,22 @@ five = script(5)   # 05 as main changes it
 
 
 class Question:
-    """What a generator has besides. main sets the variant and two bool tensors, (N+1,): new, who
-    has no training event (padding, too), and joins, who is a candidate whatever the beam finds."""
+    """What a generator has besides. main sets the variant and counts, training events, (N+1,)."""
 
     def __init__(self, sources, modalities, target, trie, size, *neighbours):
         super().__init__(sources, modalities, target, trie, size, *neighbours)
+        new = self.counts == 0                                          # (N+1,) and padding
+        # Who is a candidate whatever the beam finds?
+        joins = new & (self.variant != "liger-beam")                    # (N+1,)
         parts = [sources[name]["embeddings"] for name in ("text", "image") if name in modalities]
-        content = torch.cat([torch.zeros(len(self.new), 0), *parts], 1)  # v (N+1, d)
+        content = torch.cat([torch.zeros(len(new), 0), *parts], 1)  # v (N+1, d)
         if not content.any():
             five.fail("LIGER ranks by texts and pictures, and these modalities have neither.")
         if self.variant == "liger-control":
-            rows = self.new.cpu().nonzero()[1:, 0]                      # (new,), without padding
+            rows = new.nonzero()[1:, 0]                                # (new,), without padding
             content[rows] = content[rows.roll(len(rows) // 2)]
+        self.register_buffer("new", new, persistent=False)
+        self.register_buffer("joins", joins, persistent=False)
         self.register_buffer("content", content, persistent=False)
         self.project = torch.nn.Linear(content.shape[1], size.width, bias=False)  # P
 
@@ -86,7 +86,8 @@ def batch_losses(model, trie, events, args):
     asked = getattr(model, "module", model)  # under torchrun the model is wrapped
     scores = asked.cosines().masked_fill(asked.new, -torch.inf).flatten(0, 1)  # (B * T, N+1)
     loss = F.cross_entropy(scores, events[:, 1:].flatten(), reduction="sum")  # ()
-    # The gradient is that of the sum; the values, which 05 prints, stay those of the codes.
+    # What is added is 0, but has the gradient of `loss`: the values, which 05 prints, stay those of
+    # the codes.
     return losses + (loss - loss.detach()) / len(losses)                # (L,)
 
 
@@ -104,35 +105,29 @@ def beam_search(model, trie, history, beam, trace=None):
 def report(args, data, new):
     """What is won on new items and lost on others: by the base, if it lies in the run, and by ours.
     """
-    target = data["events"][data["offsets"][1:] - 1].long()             # (U,)
-    looks = new[target]                                                 # (U,) for a new item
-    for name in (BASE, args.name):
-        for path in Path(args.run).glob(f"predictions-{name}-s{args.seed}.pt"):
-            top = torch.load(path, weights_only=True)["test"][:, :10].long()  # (U, 10)
-            hit = (top == target.unsqueeze(1)).any(1).float()           # (U,)
-            # Were the new items in a first ten drawn by chance, each new one would be there in:
-            chance = (new[top] & (top > 0)).sum() / len(top) / new[1:].sum()  # ()
-            print(f"{name}: Recall@10 of new items {hit[looks].mean():.4f} (by chance "
-                  f"{chance:.4f}), of others {hit[~looks].mean():.4f}")
+    looks = new[data["events"][data["offsets"][1:] - 1].long()]         # (U,) for a new item
+    groups = {"those who look for a new item": looks, "others": ~looks}
+    for recall, top in recalls([BASE, args.name], groups, data, args):  # (U, 10)
+        # If the new items that are shown were drawn at random from all new ones, this share of
+        # those who look for one would see theirs: new items in a first ten / new items.
+        chance = (new[top] & (top > 0)).sum() / len(top) / new[1:].sum()  # ()
+        print(f"{recall}; new items by chance {chance:.4f}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default="liger")
-    ours, others = parser.parse_known_args(argv)
-    line = ["--name", ours.variant, *others]
+    variant, line = own_options(argv, __doc__, VARIANTS)
     args = five.options(line)
     data = five.Run(args.run).load("data.pt", "01_data.py")
 
-    Question.variant = ours.variant
-    Question.new = (data["train_counts"] == 0).to(args.device)          # (N+1,)
-    Question.joins = Question.new & (ours.variant != "liger-beam")      # (N+1,)
+    Question.variant = variant
+    Question.counts = data["train_counts"]                              # (N+1,)
     five.Generator = Liger
     five.Lookahead = LigerLookahead
     five.batch_losses = batch_losses
-    five.beam_search = beam_search
+    five.beam_search = plain.beam_search if variant == "liger-trained" else beam_search
     five.main(line)
-    report(args, data, Question.new.cpu())
+    if args.history is None:
+        report(args, data, Question.counts == 0)
 
 
 if __name__ == "__main__":

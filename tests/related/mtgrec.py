@@ -1,9 +1,9 @@
 """MTGRec: every item has several codes, from neighbouring versions of one quantiser.
 
 The quantiser that made the codes which are written (the target's) goes on learning, pass after pass
-over the same vectors, and now and then a version of it is kept. From one to the next few items
-change their first code and more a later one, while what a code means hardly changes. In each step
-of the training all items have their codes of one version v, drawn at random; so an item shares
+over the same vectors, and now and then a version of it is kept. From one version to the next, few
+items change their first code and more change a later one; what a code means hardly changes. In each
+step of the training all items have their codes of one version v, drawn at random; so an item shares
 codes with more others, from which a rare one learns. In the last fifth of the training, and
 wherever items are ranked, they have those of the last version, so that codes name items again.
 
@@ -22,14 +22,9 @@ SIGIR 2025, arXiv 2504.04400.
 letters  N items, L codes of an item, K values of a code, d width of a vector that is cut into
          codes, V versions, n vectors that are cut into codes
 """
-import argparse
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import script
+from variation import own_options, script
 
 BASE = "mtgrec-base"
 VARIANTS = {
@@ -67,9 +62,12 @@ def make_versions(source, train_counts, variant, rng):
     for v, books in enumerate(codebooks):
         if variant == "mtgrec-control" and v > 0:
             books = three.residual_kmeans(x[known], books.shape[1], rng)
-        codes, _ = three.finish_codes(x, known, books, train_counts, rng)  # (N+1, L)
+        # An item without a vector has random codes: the same ones in all versions.
+        same = torch.Generator().manual_seed(rng.initial_seed())
+        codes, _ = three.finish_codes(x, known, books, train_counts, same)  # (N+1, L)
         if variant == "mtgrec-noise" and v > 0:
-            # Who changes gets the old code of the next one who does.
+            # Items that change get the last version's codes of each other: each those of the one
+            # before it.
             changed = known & (codes != versions[0]).any(1)             # (N+1,)
             codes = versions[0].clone()                                 # (N+1, L)
             codes[changed] = codes[changed].roll(1, 0)
@@ -98,7 +96,8 @@ def build(sources, data, args):
 
 def show(model, v):
     """From now on the model reads and writes codes of version v."""
-    for name in ("shown", "written", "trie", "beneath"):
+    # (With --lookahead the table, too: it holds the means of the items that share a first code.)
+    for name in ("shown", "written", "trie", "beneath", "table"):
         if hasattr(model, name):
             setattr(model, name, getattr(model.versions[v], name))
 
@@ -106,8 +105,9 @@ def show(model, v):
 def train_step(model, trie, optimizer, events, args):
     """A step of 05, in which all items have their codes of one version. -> losses (L,)"""
     inner = getattr(model, "module", model)  # under torchrun the model is wrapped
-    # The rate falls along a cosine: it is lower than this in the last fifth of the training (and
-    # in its first steps, while it rises).
+    # The last fifth of the training has the last version alone. How far is it? A step knows by its
+    # learning rate, which falls along a cosine and is lower than this from there on (and in the
+    # very first steps, while it rises).
     late = optimizer.param_groups[0]["lr"] < five.learning_rate(1 - LAST, args.lr)
     if not late:
         show(inner, int(torch.randint(len(inner.versions), ())))
@@ -117,13 +117,10 @@ def train_step(model, trie, optimizer, events, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default="mtgrec")
-    ours, others = parser.parse_known_args(argv)
-    five.variant = ours.variant
+    five.variant, line = own_options(argv, __doc__, VARIANTS)
     five.build = build
-    five.train_step = plain.train_step if ours.variant == BASE else train_step
-    five.main(["--name", ours.variant, *others])
+    five.train_step = plain.train_step if five.variant == BASE else train_step
+    five.main(line)
 
 
 if __name__ == "__main__":
