@@ -2,11 +2,14 @@
 import importlib.util
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+sys.path.append(str(Path(__file__).parent / "related"))
 
 
 def related(name):
@@ -124,6 +127,22 @@ def test_codes_are_numbered_apart_and_a_modality_that_lacks_is_masked():
     assert sorted(shuffled.tolist()) == sorted(codes.tolist()) and not torch.equal(shuffled, codes)
 
 
+def test_codes_hear_nothing_of_a_modality_that_the_item_lacks():
+    """Item 5 lacks the second of two modalities: all that is heard is the first one. Item 30 lacks both."""
+    system = related("ccfrec")
+    torch.manual_seed(0)
+    sources = [source_of(30, 8, 12), source_of(30, 8, 6)]
+    sources[1]["known"][5] = False
+    sources[1]["embeddings"][5] = 0
+    system.CCFRec.sources = sources
+    content = torch.cat([source["embeddings"] for source in sources], 1)
+    model = system.CCFRec(30, 6, 16, 2, 1, 0.0, content)
+    items = torch.tensor([5, 30])
+    answer = model.heard(model.codes[items], content[items]) - model.items(model.codes[items])
+    torch.testing.assert_close(answer[0], model.project(content[5]).expand(6, 16))
+    assert torch.equal(answer[1], torch.zeros(6, 16))
+
+
 # --- MISSRec ----------------------------------------------------------------------------------------------------------
 def interests_of(variant, *histories):
     """What the last event of each history hears from its interests, all these events being the same. -> (E,) each"""
@@ -164,6 +183,15 @@ def test_interests_to_come_are_not_heard():
     changed = history.clone()
     changed[:, 4:] = torch.randint(1, 31, (8, 2))
     assert torch.allclose(model(history)[:, :4], model(changed)[:, :4], atol=1e-6)
+
+
+def test_new_interests_are_counted_over_training_events_whose_items_have_the_modality():
+    system = related("missrec")
+    codes = torch.tensor([[-1], [3], [3], [4], [7]])  # items 1 and 2 are of one cluster, item 4 lacks the modality
+    source = {"codes": codes, "known": torch.tensor([False, True, True, True, False])}
+    # In training one user had 1, 2, 3 and 4, another one 2: of four events that count, three bring a new interest.
+    data = {"events": torch.tensor([1, 2, 3, 4, 1, 1, 2, 3, 3]), "offsets": torch.tensor([0, 6, 9])}
+    assert system.distinct(data, source) == 3 / 4
 
 
 # --- HyMiRec ----------------------------------------------------------------------------------------------------------

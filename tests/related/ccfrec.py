@@ -4,17 +4,20 @@ CCFRec (Liu, Zheng, Zhao and Wen, 2025, arXiv 2503.12183) makes codes the bridge
 behaviour: many items share a code, so what is learnt of one item is known of others. Each code asks
 the item's content vectors what matters, and the item is the mean of what its codes have heard:
 
-    heard_j = z_j + sum over m of a_jm x_m,   a_jm = softmax over m of (Q z_j) . (K x_m) / sqrt(E)
+    heard_j = z_j + sum over m of a_jm x_m
+    a_jm = softmax over m of (Q n(z_j)) . (K n(x_m)) / sqrt(E)
     e_i = mean over j of heard_j
 
-with z_j the vector of the item's code j and x_m its content of modality m, projected as --content
-is: SASRec with content has one z and all a = 1. Half of the codes of a batch's items are masked
-once more, and what is heard in their place must tell them: -log softmax over all codes v of
-cos(heard_j, z_v) / 0.07 is added to the loss.
+with z_j the vector of the item's code j, x_m its content of modality m, projected as --content is,
+and n(x) the vector x with mean 0 and variance 1. Only modalities that the item has are heard. (In
+SASRec with content there is one z and all a = 1.) A second loss is added: of the items of a batch
+half of the codes, drawn at random, are replaced by masks, and what a mask hears must tell the code:
+-log softmax over all codes v of cos(heard_j, z_v) / 0.07.
 
 Left out: codes that ask each other, more layers, five fields of text (here one x for all texts),
-product quantisation into 20 codes, histories that know themselves with masked codes, cosines in
-the main loss.
+product quantisation into 20 codes, a contrast of each history with the same one whose codes are
+masked, hidden codes that stay as they are or become random ones (a tenth each: here all are masks),
+cosines in the main loss.
 
     python tests/related/ccfrec.py --run runs/toy --seed 0            # after 01, 03 and 04
     python tests/related/ccfrec.py --run runs/office --content text --variant ccfrec-control
@@ -23,16 +26,11 @@ letters  those of 02_sasrec.py, and D modalities, C codes of an item that ask (3
          they have in all codebooks together, d width of all content of an item, n items, g codes
          to be guessed
 """
-import argparse
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import script
+from variation import own_options, script
 
 s = script(2)
 
@@ -84,11 +82,13 @@ class CCFRec(s.SASRec):
 
     def heard(self, codes, content):
         """What each code knows in the end. codes: (.., C), content: (.., d) -> (.., C, E)"""
-        # A modality that the item lacks is a vector of zeros: it says nothing.
-        x = self.project(content.unsqueeze(-2) * self.own)              # (.., D, E)
+        parts = content.unsqueeze(-2) * self.own                        # (.., D, d)
+        x = self.project(parts)                                         # (.., D, E)
+        # A modality that the item lacks is all zeros, and no key. (Who lacks all hears 0.)
+        bias = -1e9 * (parts == 0).all(-1).unsqueeze(-2)                # (.., 1, D)
         question = self.query(s.normed(self.items.weight))[codes]       # (.., C, E)
         key = self.key(s.normed(x))                                     # (.., D, E)
-        answer = F.scaled_dot_product_attention(question, key, x)       # (.., C, E)
+        answer = F.scaled_dot_product_attention(question, key, x, bias)  # (.., C, E)
         return self.items(codes) + answer                               # (.., C, E)
 
     def vectors(self):
@@ -108,23 +108,20 @@ class CCFRec(s.SASRec):
         z = F.normalize(self.items.weight[:self.V], dim=1)              # (V, E)
         cosine = F.normalize(heard, dim=1) @ z.T                        # (g, V)
         guess = F.cross_entropy(cosine / 0.07, codes[hide], reduction="sum")  # ()
-        # Its mean counts for each of the targets, of which the other loss is a sum.
+        # The other loss is a sum over the targets: the mean guess counts once for each of them.
         guess = guess / max(1, len(heard)) * hidden[..., 0].numel()     # ()
         return super().loss(hidden, events, log_q, args) + WEIGHT * guess  # ()
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(epilog="and all options of 02_sasrec.py", allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default="ccfrec")
-    given, rest = parser.parse_known_args(argv)
-    line = ["--name", given.variant, "--content", "text,image", *rest]
+    CCFRec.variant, line = own_options(argv, __doc__, VARIANTS)
+    line = ["--content", "text,image", *line]
     s.NAMED = "ccfrec"
     args = s.options(line)
     if args.post_norm:
         s.fail("ccfrec.py has no --post-norm.")
     run = s.Run(args.run)
     CCFRec.sources = [run.load(f"{m}_codes.pt", "its script") for m in args.content.split(",")]
-    CCFRec.variant = given.variant
     s.SASRec = CCFRec
     s.main(line)
 

@@ -3,17 +3,18 @@
 HyMiRec (Zhou et al., arXiv 2510.13738) shortens a long history with a small model and lets a large
 language model read it; its user has several interest queries. Only these are tried here: from the
 output h of SASRec come Q queries, the next W events are put into Q clusters, and of all Q! ways to
-give each query a cluster the one is taken whose cosines have the largest sum. So queries that
-differ stay different, where one vector would have to lie between all interests:
+give each cluster c a query p(c) the one is taken whose cosines have the largest sum. So each query
+goes on learning the part that it is nearest to already, where one vector would have to lie between
+all interests:
 
-    q_j = A_j h,   p = argmax over all orders p of the sum over c of cos(centre_c, q_p(c)),
-    loss = -log softmax over all items i of scale cos(q_p(c), e_i), at each item of each cluster c,
+    q_j = A_j h,   best = the order p with the largest sum over c of cos(centre_c, q_p(c)),
+    loss = -log softmax over all items i of scale cos(q_best(c), e_i), at each item of cluster c,
     score of item i = max over j of cos(q_j, e_i)
 
-Two more variants say what is not the idea: cosines with a learnt scale (hymirec-next), and with
-them targets that come later (hymirec-base). Left out: the language model, the cut of the history
-into long and short, query tokens (here q_j is a map of h), the cosine codebook, balanced clusters,
-the dropping of negatives that nearly equal the target.
+Two more variants have one query, to tell what several of them add: hymirec-next is SASRec with
+cosines and a learnt scale, and hymirec-base has the next W events as targets, too. Left out: the
+language model, the cut of the history into long and short, query tokens (here q_j is a map of h),
+the cosine codebook, balanced clusters, the dropping of negatives that nearly equal the target.
 
     python tests/related/hymirec.py --run runs/toy --seed 0                          # after 01
     python tests/related/hymirec.py --run runs/toy --seed 0 --variant hymirec-base
@@ -21,17 +22,13 @@ the dropping of negatives that nearly equal the target.
 letters  those of 02_sasrec.py, and Q queries of a user, W events that they are to find, n places
          in histories (B T), P = Q! orders
 """
-import argparse
 import itertools
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import script
+from variation import own_options, script
 
 s = script(2)
 
@@ -91,7 +88,8 @@ class HyMiRec(s.SASRec):
         self.Q, self.W = SIZES[self.variant]
         self.match = random_match if self.variant == "hymirec-control" else best_match
         self.ask = nn.Linear(E, self.Q * E)
-        # A factor of SCALE, which weight decay pulls back to 1: it would pull log(SCALE) to 0.
+        # The scale is SCALE times exp of this. Weight decay shrinks this number, and so brings the
+        # scale back to SCALE. If log(SCALE) itself were learnt, decay would bring the scale to 1.
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def vectors(self):
@@ -125,14 +123,10 @@ class HyMiRec(s.SASRec):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(epilog="and all options of 02_sasrec.py", allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default="hymirec")
-    given, rest = parser.parse_known_args(argv)
-    line = ["--name", given.variant, *rest]
+    HyMiRec.variant, line = own_options(argv, __doc__, VARIANTS)
     s.NAMED = "hymirec"
     if s.options(line).post_norm:
         s.fail("hymirec.py has no --post-norm.")
-    HyMiRec.variant = given.variant
     s.SASRec = HyMiRec
     s.main(line)
 

@@ -4,16 +4,16 @@ MISSRec (Wang et al., ACM Multimedia 2023, arXiv 2308.11175) clusters what texts
 all items: a cluster is an interest. SASRec hears of them here: with each event of a history comes
 one interest for each modality, the first code that its item has there, and one that was there
 before adds nothing. The interests attend to each other, then every event to the interests that
-there are by then; what it hears is added to SASRec's output x_t before the last norm:
+there are by then; what it hears is added to x_t, what SASRec has before its last norm:
 
-    k in S_t where an item up to t is of cluster k,   S_t a set: no interest is in it twice
-    c_k = c_k + attention of c_k to all c in S (as it was when k came)
-    x_t = x_t + attention of x_t to all c in S_t
+    S_t = the clusters of all items up to event t: a set, no interest is in it twice
+    r_k = c_k + attention of c_k to all c_j with j in S_s, where event s was the first to bring k
+    y_t = x_t + attention of x_t to all r_k with k in S_t
 
-with c_k the centroid of cluster k, projected as --content is. The two attentions are all that is
-new. Left out: training on other shops first, contrast between histories, a mixture of text and
-picture of each user's own, clusters of both together that are found anew each epoch, feed-forward
-layers, a regulariser.
+with c_k the centroid of cluster k, projected as --content is; y_t is what the norm gets. The two
+attentions are all that is new. Left out: training on other shops first, contrast between histories,
+a mixture of text and picture of each user's own, clusters of both together that are found anew each
+epoch, feed-forward layers, a regulariser.
 
     python tests/related/missrec.py --run runs/toy --seed 0           # after 01, 03 and 04
     python tests/related/missrec.py --run runs/office --content text --variant missrec-control
@@ -21,16 +21,12 @@ layers, a regulariser.
 letters  those of 02_sasrec.py, and D modalities, d width of all content of an item, K clusters of
          a modality, J interests that a history brings, repeated or not (T D)
 """
-import argparse
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import script
+from variation import own_options, script
 
 s = script(2)
 
@@ -73,6 +69,7 @@ class MISSRec(s.SASRec):
     def interests(self, x, history):
         """What each event hears from the interests up to it. (B, T, E), (B, T) -> (B, T, E)"""
         k = self.cluster[history].flatten(1)                            # (B, J)
+        # Where there is no interest, k = -1 takes the last row: `no_key` hides it.
         c = s.normed(self.project(self.centroids))[k]                   # (B, J, E)
         no_key = k == -1                                                # (B, J)
         if self.variant != "missrec-repeats":
@@ -93,19 +90,22 @@ def attention(module, x, y, no_key, later):
     return module(s.normed(x), y, y, attn_mask=hidden, need_weights=False)[0]  # (B, n, E)
 
 
-def distinct(data, codes):
-    """What share of events brings an interest that the history had not. codes: (N+1, L) -> float"""
+def distinct(data, source):
+    """Of the training events whose items have this modality: what share brings an interest that the
+    history had not? source: what the file of its codes holds -> float
+    """
     length = data["offsets"].diff()                                     # (U,)
     user = torch.arange(len(length)).repeat_interleave(length)          # (events,)
-    pairs = torch.stack([user, codes[data["events"].long(), 0]])        # (2, events)
-    return pairs.unique(dim=1).shape[1] / pairs.shape[1]
+    training = torch.arange(len(user)) < data["offsets"][1:][user] - 2  # (events,)
+    item = data["events"].long()                                        # (events,)
+    pairs = torch.stack([user, source["codes"][item, 0]])               # (2, events)
+    pairs = pairs[:, training & source["known"][item]]                  # (2, counted)
+    return pairs.unique(dim=1).shape[1] / max(1, pairs.shape[1])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(epilog="and all options of 02_sasrec.py", allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default="missrec")
-    given, rest = parser.parse_known_args(argv)
-    line = ["--name", given.variant, "--content", "text,image", *rest]
+    MISSRec.variant, line = own_options(argv, __doc__, VARIANTS)
+    line = ["--content", "text,image", *line]
     s.NAMED = "missrec"
     args = s.options(line)
     if args.post_norm:
@@ -114,8 +114,7 @@ def main(argv=None):
     MISSRec.sources = [run.load(f"{m}_codes.pt", "its script") for m in args.content.split(",")]
     data = run.load("data.pt", "01_data.py")
     for m, source in zip(args.content.split(","), MISSRec.sources):
-        print(f"{m}: {distinct(data, source['codes']):.2f} new interests an event")
-    MISSRec.variant = given.variant
+        print(f"{m}: {distinct(data, source):.2f} new interests an event")
     s.SASRec = MISSRec
     s.main(line)
 
