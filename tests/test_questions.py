@@ -1,6 +1,9 @@
-"""tests/questions.py: what it says of the best that any model could do in the toy shop."""
+"""tests/questions.py: the best that any model could do in the toy shop; how it runs the ten related systems."""
+import argparse
+import importlib
 import itertools
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -90,3 +93,38 @@ def test_a_shop_of_other_rules_has_no_ceiling(smoke, tmp_path):
     process = ceiling(tmp_path)
     assert process.returncode == 1 and "of a toy shop only" in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data.pt"]
+
+
+# --- The related systems ----------------------------------------------------------------------------------------------
+
+
+def test_epochs_are_those_of_05_and_no_row_needs_another_run(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(questions, "prepare", lambda *given: None)
+    monkeypatch.setattr(questions, "compare_related", lambda *given: None)
+    monkeypatch.setattr(questions, "show", lambda line: lines.append(" ".join(line)) or 0)
+    torch.save({"has_image": torch.tensor([False, True])}, tmp_path / "data.pt")
+    questions.related(argparse.Namespace(run=tmp_path, only=[], seeds=[0], epochs=8))
+    for name in questions.RELATED:
+        own = [line for line in lines if f"{name}.py" in line]
+        of_02 = name in ("ccfrec", "missrec", "hymirec")  # their base has 02's epochs
+        assert own and all(("--epochs 8" in line) != of_02 for line in own)
+    assert not any("transfer" in line or "noise" in line for line in lines if "utgrec.py" in line)
+
+
+@pytest.mark.parametrize("name", questions.RELATED)
+def test_help_shows_variants_and_the_options_of_the_script(name, capsys):
+    system = importlib.import_module(name)
+    with pytest.raises(SystemExit) as stop:
+        system.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "--variant" in said and "--epochs" in said
+    assert all(f"  {variant} " in said for variant in system.VARIANTS)
+
+
+def test_a_system_that_a_student_runs_has_as_many_threads_as_the_scripts():
+    """conftest.py, from which it takes them, gives one thread to pytest alone."""
+    code = "import liger, torch; print(torch.get_num_threads())"
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT / "tests" / "related")}
+    process = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert process.stdout == "2\n", process.stderr
