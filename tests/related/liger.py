@@ -32,7 +32,7 @@ VARIANTS = {
     "liger": "the items of the beam and all new ones, by the cosine",
     "liger-control": "the same, but every new item has the vectors of another new one",
     "liger-beam": "the items of the beam alone, by the cosine",
-    "liger-trained": "LIGER's training, and the beam as in 05: beside it, liger-beam's new order",
+    "liger-trained": "LIGER's training, the order of the beam: to be seen beside liger-beam",
 }
 TEMPERATURE = 0.07
 

@@ -10,10 +10,10 @@ there are by then; what it hears is added to x_t, what SASRec has before its las
     r_k = c_k + attention of c_k to all c_j with j in S_s, where event s was the first to bring k
     y_t = x_t + attention of x_t to all r_k with k in S_t
 
-with c_k the centroid of cluster k, projected as --content is; y_t is what the norm gets. The two
-attentions are all that is new. Left out: training on other shops first, contrast between histories,
-a mixture of text and picture of each user's own, clusters of both together that are found anew each
-epoch, feed-forward layers, a regulariser.
+with c_k the centroid of cluster k, projected as --content is, and normed; y_t goes to SASRec's last
+norm. The two attentions are all that is new. Left out: training on other shops first, contrast
+between histories, a mixture of text and picture of each user's own, clusters of both together that
+are found anew each epoch, feed-forward layers, a regulariser.
 
     python tests/related/missrec.py --run runs/toy --seed 0           # after 01, 03 and 04
     python tests/related/missrec.py --run runs/office --content text --variant missrec-control

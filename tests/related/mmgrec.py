@@ -36,7 +36,7 @@ VARIANTS = {
 }
 BASE = "mscgrec"
 # Chosen, when this file was written, by how often h_u . h_i has the validation item among its first
-# ten. So the graph is tuned, which no other system here is; the generator is not.
+# ten. So the graph is tuned on validation, and the generator is not.
 STEPS = 300
 LR = 3e-3
 DROPOUT = 0.5  # of content

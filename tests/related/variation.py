@@ -61,7 +61,7 @@ def recalls(names, groups, data, args):
     groups: bool (U,), by name -> for each model a sentence, and its first ten items (U, 10)
     """
     target = data["events"][data["offsets"][1:] - 1]                    # (U,)
-    for name in names:
+    for name in dict.fromkeys(names):  # each once
         path = Path(args.run) / f"predictions-{name}-s{args.seed}.pt"
         if path.exists():
             top = torch.load(path, weights_only=True)["test"][:, :10].long()  # (U, 10)
