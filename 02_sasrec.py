@@ -482,7 +482,8 @@ def lloyd(x, codebook, steps):
         # A centroid without members restarts at the vector that is served worst.  [8]
         empty = (members == 0).nonzero()[:, 0]                      # (empty,)
         if len(empty):
-            worst = squared_error(x, codebook).topk(len(empty)).indices  # (empty,)
+            error = (x - codebook[codes]).square().sum(1)           # (n,)
+            worst = error.topk(len(empty)).indices                  # (empty,)
             sums[empty] = x[worst]                                  # (empty, d)
             members[empty] = 1                                      # (empty,)
 
@@ -774,7 +775,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
 
     model.train()
     total = torch.zeros((), device=args.device)                         # ()
-    done = 0  # targets
+    targets = 0
     todo = batches
     if args.max_steps:
         todo = batches[:args.max_steps]
@@ -789,7 +790,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         progress = (epoch + (number + 0.5) / len(batches)) / args.epochs
         lr = learning_rate(args.lr, progress)
         total += train_step(model, replica, optimizer, lr, events, log_q, args)  # ()
-        done += len(batch) * T
+        targets += len(batch) * T
         # What is no number once stays none. To look, the processor waits for the GPU: so seldom.
         if number % 100 == 0 or number == len(todo) - 1:
             if not total.isfinite():
@@ -800,7 +801,7 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         hours = (time.time() - began) / 3600 * len(batches) / max(1, len(todo))
         print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
     # A very small shop may have no training target.
-    return add_up(total).item() / max(1, done)
+    return add_up(total).item() / max(1, targets)
 
 
 def train_step(model, replica, optimizer, lr, events, log_q, args):

@@ -415,7 +415,8 @@ def lloyd(x, codebook, steps):
         # A centroid without members restarts at the vector that is served worst.  [8]
         empty = (members == 0).nonzero()[:, 0]                      # (empty,)
         if len(empty):
-            worst = squared_error(x, codebook).topk(len(empty)).indices  # (empty,)
+            error = (x - codebook[codes]).square().sum(1)           # (n,)
+            worst = error.topk(len(empty)).indices                  # (empty,)
             sums[empty] = x[worst]                                  # (empty, d)
             members[empty] = 1                                      # (empty,)
 

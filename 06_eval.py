@@ -575,9 +575,9 @@ def main(argv=None):
     images = read_images(run, data)
     draw_trees(run, trees, labels, data, images)
     draw_neighbours(run, trees, data, images, rng)
-    search = find_search(run, models, trees)
-    draw_histories(run, models, search, data, images)
-    draw_one_item(run, models, trees, search, data, images)
+    example = find_example(run, models, trees, data)
+    draw_histories(run, models, example, data, images)
+    draw_one_item(run, trees, example, data, images)
 
 
 def read_predictions(run, data):
@@ -1384,17 +1384,16 @@ def neighbour_strips(tree, data, images, rng):
     return strips
 
 
-def draw_histories(run, models, search, data, images):
+def draw_histories(run, models, example, data, images):
     """histories.png: of six users what they bought, and the first tens of five models.
 
-    search: (name, entry), as find_search says
+    example: an Example, whose user comes first; or None
     """
     U = len(data["offsets"]) - 1
     # Five users, spread over all; of very few users some are the same.
     users = {f"user {user}": user for user in sorted({U * i // 10 for i in (1, 3, 5, 7, 9)})}
-    if search:
-        user, _, _ = pick_user(*search, models, data)
-        users = {f"user {user}, whom one-item.png is about": user} | users
+    if example:
+        users = {f"user {example.user}, whom one-item.png is about": example.user} | users
     strips = history_strips(users, models, data)
     sheet(run, "histories.png", strips, data, images)
 
@@ -1428,12 +1427,20 @@ ROW = 116           # a node of the tree: its prefix, and pictures of what lies 
 MARK = "#d55e00"    # what is right
 
 
-def find_search(run, models, trees):
-    """Predictions that say what the search held. -> name, entry of the generator; else None"""
+class Example(NamedTuple):
+    """A user, and the search for what this user wants."""
+    user: int
+    places: str  # of the item to be found, in the lists of models
+    rule: str    # by which the user was picked
+    trace: dict  # of predictions, as the contract above says
+
+
+def find_example(run, models, trees, data):
+    """The first predictions that say what a search held give one. -> Example, or None"""
     for name in ("lookahead", "mscgrec"):
         for entry in models.get(name, []):
             if fits(entry, run, trees):
-                return name, entry
+                return Example(*pick_user(name, entry, models, data), entry["trace"])
     return None
 
 
@@ -1457,23 +1464,21 @@ def fits(entry, run, trees):
     return 0 < len(codes) <= len(entry["top"])
 
 
-def draw_one_item(run, models, trees, search, data, images):
+def draw_one_item(run, trees, example, data, images):
     """one-item.png: an item, its vectors and codes, and the search that finds it for a user.
 
-    search: (name, entry), as find_search says
+    example: an Example, or None
     """
-    if search is None:
+    if example is None:
         print("one-item.png is not drawn: no predictions of lookahead or mscgrec have the `trace` "
               "of a search in the codes of this run")
         (run.folder / "one-item.png").unlink(missing_ok=True)  # it would be of other ones
         return
-    user, places, rule = pick_user(*search, models, data)
+    user, places, rule, trace = example
     item = targets(data)[user].item()
     print(f"one-item.png: user {user}, item {item}. {rule}")
 
     slide = Slide(data, images)
-    _, entry = search
-    trace = entry["trace"]
     y = draw_buyers(slide, 8, item)
     y = draw_vectors(slide, y, item, trees)
     y = draw_search(slide, y, user, trace["codes"][user], trace["log_p"][user],

@@ -277,14 +277,14 @@ def test_each_head_of_lamia_finds_an_aspect_of_its_own():
     aspects = torch.randint(4, (500, 3))                                # (n, 3)
     vectors = torch.randn(3, 4, 4)                                      # of each value of each aspect
     parts = [vectors[b][aspects[:, b]] for b in range(3)]
-    x = torch.cat(parts, 1) + 0.2 * torch.randn(500, 12)                # (n, d)
+    x = torch.cat(parts, 1) + 0.3 * torch.randn(500, 12)                # (n, d)
     x = x @ torch.linalg.qr(torch.randn(12, 12)).Q                      # (n, d)
 
     learnt = what_heads_tell(lamia.learn_heads(x, 8, rng, turns=200), aspects, rng)
     assert sorted(learnt.argmax(1).tolist()) == [0, 1, 2]  # no two heads have the same
     assert learnt.max(1).values.min() > 0.75 and learnt.sort(1).values[:, :2].max() < 0.1
     rotated = what_heads_tell(lamia.learn_heads(x, 8, rng, turns=0), aspects, rng)
-    assert rotated.max(1).values.max() < 0.55
+    assert rotated.max(1).values.max() < 0.5
 
 
 def test_lamia_turns_vectors_and_its_base_has_the_codes_of_02(run, no_training):
