@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -14,9 +15,43 @@ ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("0?_*.py"))
 
 
-def pytest_configure():
-    """One thread for the tests, and for them alone: others import this file for what stands below."""
+# What a second pytest runs, while the first one runs the others: about half of the minutes.
+OTHER_HALF = ("test_05_*.py", "test_questions.py", "test_related_*.py")
+
+
+def pytest_configure(config):
+    """One thread for the tests, and for them alone: others import this file for what stands below.
+
+    `pytest tests`, if nothing else is asked for, uses two cores."""
     torch.set_num_threads(1)
+    if config.invocation_params.args in (("tests",), ("tests/",)) and (os.cpu_count() or 1) > 1:
+        config.pluginmanager.register(SecondPytest())
+
+
+class SecondPytest:
+    """Starts another pytest on OTHER_HALF, waits for it, and shows at the end what it printed."""
+
+    def __init__(self):
+        files = [path for pattern in OTHER_HALF for path in sorted((ROOT / "tests").glob(pattern))]
+        self.names = {path.name for path in files}
+        self.printed = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self.process = subprocess.Popen([sys.executable, "-m", "pytest", *files], cwd=ROOT, stdout=self.printed,
+                                        stderr=subprocess.STDOUT)
+
+    def pytest_ignore_collect(self, collection_path):
+        return True if collection_path.name in self.names else None
+
+    def pytest_sessionfinish(self, session):
+        if session.exitstatus == pytest.ExitCode.INTERRUPTED:
+            self.process.terminate()
+        if self.process.wait() != 0 and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        self.printed.seek(0)
+        terminalreporter.section("beside it: " + ", ".join(OTHER_HALF))
+        terminalreporter.write(self.printed.read())
+        terminalreporter.section("and the others")
 
 
 def script(number):

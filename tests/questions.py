@@ -632,7 +632,10 @@ def unseen(args):
     """A twentieth of the items lose all events but those to be found; the models are trained without them."""
     data = load(args.run / "data.pt")
     N = len(data["item_ids"]) - 1
-    recall = {name: [] for name in WRITERS}
+    rows = list(WRITERS)
+    if data["meta"]["source"] == "toy":
+        rows.append("best-possible")
+    recall = {name: [] for name in rows}
     for seed in args.seeds:
         torch.manual_seed(seed)
         held = torch.zeros(N + 1, dtype=torch.bool)                     # (N+1,)
@@ -649,11 +652,14 @@ def unseen(args):
             if options:
                 line = argparse.Namespace(run=folder, epochs=args.epochs)
                 call(5, *generator_options(line, seed, name, " ".join(options)))
+        if "best-possible" in rows:
+            ceiling(argparse.Namespace(run=folder))
 
         to_be_found = new["events"][new["offsets"][1:] - 1].long()      # (U,)
         looks_for_unseen = held[to_be_found]                            # (U,)
-        for name in WRITERS:
-            top = load(folder / f"predictions-{name}-s{seed}.pt")["test"]  # (U, top)
+        for name in rows:
+            of_seed = 0 if name == "best-possible" else seed
+            top = load(folder / f"predictions-{name}-s{of_seed}.pt")["test"]  # (U, top)
             hit = hits(top, new)                                        # (U,)
             both = [hit[looks_for_unseen].mean(), hit[~looks_for_unseen].mean()]
             recall[name].append(torch.stack(both))                      # (2,)
@@ -717,16 +723,18 @@ def without_training_events(data, held):
 
 def ceiling(args):
     """The row `best-possible`: the list that Bayes' rule gives to each user of a toy shop. It also knows what the
-    5-core dropped of a history, so that it is a bound from above."""
+    5-core dropped of a history, so that it is a bound from above; but not in which circle an item is that no training
+    event shows."""
     one = script(1)
     run = one.Run(args.run)
     data = run.load("data.pt", "01_data.py")
     began = time.time()
     rules, walks, target = redraw_toy_shop(one, data)                   # .., (U, LONGEST_WALK), (U,)
+    shop = catalogue_numbers(data["item_ids"][1:])                      # (N,)
+    rules = forget_circles(rules, shop[data["train_counts"][1:].numpy() == 0])
 
     # Users of whom equally much is known are asked about together.
     known = (walks == target[:, None]).argmax(1)                        # (U,) events before the one to be found
-    shop = catalogue_numbers(data["item_ids"][1:])                      # (N,)
     top = torch.zeros(len(walks), 20, dtype=torch.int32)                # (U, top)
     promised = torch.zeros(len(walks))                                  # (U,)
     for T in np.unique(known):
@@ -775,6 +783,14 @@ def redraw_toy_shop(one, data):
     return rules, walks, item[offsets[1:] - 1]
 
 
+def forget_circles(rules, items):
+    """Rules without the circles of some items: -1. Only purchases tell them, and these items have no training event."""
+    circle = rules.truth["circle"].copy()                               # (n,)
+    circle[items] = -1
+    # companion[-1], the last one, is what follows them: no circle at all.
+    return rules._replace(truth={**rules.truth, "circle": circle}, companion=np.append(rules.companion, -2))
+
+
 def next_item(one, rules, history):
     """p(next item | history) of customers whose favourites nobody knows. history: (B, T), all they took -> (B, n)"""
     B, T = history.shape
@@ -808,6 +824,11 @@ def what_follows(one, rules, history):
     score = np.zeros((B, len(rules.rank)))                              # (B, n)
     if t > 0:
         one.add_what_follows(score, history[:, -1], rules)
+        # An item whose circle nobody knows has the right one in one of CIRCLES cases: the mean of exp(score). (With
+        # many such items the sum under the softmax is hardly another one, whatever their circles are.)
+        circle = rules.truth["circle"]                                  # (n,)
+        mean = (np.exp(one.COMPANION) + one.CIRCLES - 1) / one.CIRCLES
+        score += np.log(mean) * ((circle[history[:, -1:]] >= 0) & (circle < 0))  # (B, n)
     score[np.arange(B)[:, None], history] = -np.inf
     return np.exp(score)
 # --- What image vectors and codes know of the toy shop ----------------------------------------------------------------

@@ -49,6 +49,21 @@ def test_the_ceiling_s_probabilities_are_those_of_all_favourites_tried_one_by_on
     assert chance == pytest.approx(np.tile(by_hand / evidence, (2, 1)))
 
 
+def test_of_an_item_without_training_events_the_ceiling_knows_all_but_the_circle():
+    rules = one.toy_rules(9, 1, np.random.default_rng(0))
+    history = np.array([[3], [4], [7]])
+    circle = rules.truth["circle"]
+    tried = []
+    for guess in range(one.CIRCLES):
+        circle[4] = guess
+        tried.append(questions.what_follows(one, rules, history))  # (3, n)
+    told = questions.what_follows(one, questions.forget_circles(rules, np.array([4])), history)  # (3, n)
+    assert told[[0, 2]] == pytest.approx(np.mean(tried, 0)[[0, 2]])
+    # After item 4 any circle may come, so that each is as likely as it is without one.
+    assert told[1].max() <= math.exp(one.FOLLOWING) and told[1].argmin() == 4
+    assert circle[4] == one.CIRCLES - 1  # and the rules that were given are as they were
+
+
 def test_what_the_ceiling_promises_of_a_drawn_shop_comes_true():
     """4,000 customers and their fourth item: it is among the likeliest ten as often as their probabilities say, and
     the others too. So these are the rules by which 01 draws."""
