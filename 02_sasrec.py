@@ -362,24 +362,40 @@ def chosen_loss(hidden, vectors, target, log_q, args):
         return sampled_cross_entropy(hidden, vectors, target, log_q)    # ()
 
 
-# --- The learning rate ---------------------------------------------------------------------------
-# It ends at zero after a number of epochs that is known before. To stop when validation no longer
-# gets better saves time, but it takes a plateau for the end: a model may stand still for many
-# epochs before it finds what the data hold (tests/README.md), and a baseline that is stopped there
-# is none.
+# --- A step of training, and its rate ------------------------------------------------------------
+# The learning rate ends at zero after a number of epochs that is known before. To stop when
+# validation no longer gets better saves time, but it takes a plateau for the end: a model may stand
+# still for many epochs before it finds what the data hold (tests/README.md), and a baseline that is
+# stopped there is none.
 
 
-def learning_rate(highest, progress):
-    """highest * min(1, p / WARM_UP, (1 - p) / COOL_DOWN), at the share p of all training.
+def learning_rate(done, peak):
+    """peak * min(1, done / WARM_UP, (1 - done) / COOL_DOWN). done: share of the training, 0 to 1
 
     It rises at first, as Adam divides by a mean of squared gradients that it does not know yet.
     It is high for long, to get far. Then it falls: each batch pulls the weights its own way, and
     small steps settle in the middle of these pulls, where large ones jump about. (A cosine, which
     falls from the start, got less far here: tests/README.md.)
     """
-    rise = progress / WARM_UP
-    fall = (1 - progress) / COOL_DOWN
-    return highest * min(1, rise, fall)
+    rise = done / WARM_UP
+    fall = (1 - done) / COOL_DOWN
+    return peak * min(1, rise, fall)
+
+
+def train_step(model, replica, optimizer, lr, events, log_q, args):
+    """One step of AdamW. events: (B, T+1), each of them but the first is a target.
+
+    log_q: (N+1,) for the sampled softmax, else None
+    -> this process's loss, summed over targets ()
+    """
+    hidden = replica(events[:, :-1])                                    # (B, T, E)
+    loss = model.loss(hidden, events, log_q, args)                      # ()
+    # Divided by --batch, not by n: a target weighs the same in a batch that is smaller.
+    (loss / args.batch).backward()
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()                                                # ()
 
 
 # --- Ranking -------------------------------------------------------------------------------------
@@ -446,7 +462,7 @@ STEPS = 15  # of Lloyd's algorithm: after them centroids hardly move
 
 def kmeans(x, K, rng):
     """K centroids for x. Where they end depends on where they start. So ten starts are tried on a
-    part of x, and the one that ends with the least error goes on with all of it.
+    part of x, and the one that ends with the least error goes on with more of it.
 
     x: (n, d), rng: torch.Generator -> codebook (K, d)
     """
@@ -787,8 +803,8 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         share = batch[args.rank::args.world]                            # (B,) of this process
         events = events_at(data, start[share], T + 1, args)             # (B, T+1)
         # The cuts of long histories move, so epochs differ in steps: count within this epoch.
-        progress = (epoch + (number + 0.5) / len(batches)) / args.epochs
-        lr = learning_rate(args.lr, progress)
+        done = (epoch + (number + 0.5) / len(batches)) / args.epochs
+        lr = learning_rate(done, args.lr)
         total += train_step(model, replica, optimizer, lr, events, log_q, args)  # ()
         targets += len(batch) * T
         # What is no number once stays none. To look, the processor waits for the GPU: so seldom.
@@ -802,22 +818,6 @@ def train_epoch(model, replica, optimizer, state, epoch, data, args):
         print(f"{len(todo)} steps; an epoch has {len(batches):,}: {hours:.3g} hours")
     # A very small shop may have no training target.
     return add_up(total).item() / max(1, targets)
-
-
-def train_step(model, replica, optimizer, lr, events, log_q, args):
-    """One step of AdamW. events: (B, T+1), each of them but the first is a target.
-
-    log_q: (N+1,) for the sampled softmax, else None
-    -> this process's loss, summed over targets ()
-    """
-    hidden = replica(events[:, :-1])                                    # (B, T, E)
-    loss = model.loss(hidden, events, log_q, args)                      # ()
-    # Divided by --batch, not by n: a target weighs the same in a batch that is smaller.
-    (loss / args.batch).backward()
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()                                                # ()
 
 
 def validate(model, data, users, args):

@@ -789,7 +789,7 @@ STEPS = 15  # of Lloyd's algorithm: after them centroids hardly move
 
 def kmeans(x, K, rng):
     """K centroids for x. Where they end depends on where they start. So ten starts are tried on a
-    part of x, and the one that ends with the least error goes on with all of it.
+    part of x, and the one that ends with the least error goes on with more of it.
 
     x: (n, d), rng: torch.Generator -> codebook (K, d)
     """

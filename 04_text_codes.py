@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 
-WIDTH = 64         # dimensions of the built-in embedding; 256 part the toy shop's items no better
+WIDTH = 64         # dimensions of the built-in embedding; 256 put most short texts into a few codes
 BUCKETS = 2 ** 20  # features are numbered by a hash; two that meet in a column count as one
 SAMPLE = 20_000    # texts whose features and principal directions stand for all
 WHITENED = 128     # principal directions kept of a language model's vectors, at the most
@@ -379,7 +379,7 @@ STEPS = 15  # of Lloyd's algorithm: after them centroids hardly move
 
 def kmeans(x, K, rng):
     """K centroids for x. Where they end depends on where they start. So ten starts are tried on a
-    part of x, and the one that ends with the least error goes on with all of it.
+    part of x, and the one that ends with the least error goes on with more of it.
 
     x: (n, d), rng: torch.Generator -> codebook (K, d)
     """

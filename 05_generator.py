@@ -73,7 +73,7 @@ WEIGHT_DECAY = 0.01      # of AdamW
 LOOK_SCALE = 0.25        # --lookahead: W starts as this times the identity
 DRAWN_FROM = 20_000      # in shops of more items a step of training draws some of them,
 DRAWN = 8                # so many for each first code
-NEAR = 5                 # counted: items up to so many places apart, near so many last ones
+NEAR = 5                 # counts are of pairs up to 5 places apart; the last 5 items ask for them
 CLIP = 1.0               # a gradient that is longer is shortened to this
 VALIDATION_USERS = 2000  # at the most; their validation events decide which epoch is the best
 RANKED_EVENTS = 1024     # of histories that are searched at once, about
@@ -293,8 +293,8 @@ def code_losses(logits, items, trie, constrained=True):
 class RelativeBias(nn.Module):
     """b1[s - t] + b2[i, j], added to the score of a query for a key, a table for each head. [20]
 
-    s is the query's place in the history, t the key's; a query of the decoder, which writes the
-    item after place t, counts as place t. i and j are their slots: which modality and level, of the
+    s is the query's place in the history, t the key's; of the decoder, a query that writes the item
+    after place s counts as standing at s. i and j are their slots: which modality and level, of the
     D * L inside an item (the decoder's queries have L slots). A query sees no later item: there the
     bias is -inf. So one pass trains on all prefixes of a history.  [23]
     """
@@ -756,7 +756,8 @@ class Carry(nn.Module):
 #     n_i = near(i, j_0) + near(i, j_1) / 2 + .. + near(i, j_4) / 16
 #
 # near(i, j) adds 1 / gap for each time that i and j stood gap <= 5 places apart in a training
-# history, in either order. (06 has this as the row co-occurrence.) In the search, and only there,
+# history, in either order. (So does 06's row co-occurrence, but with 50 neighbours of an item, and
+# with what the history holds.) In the search, and only there,
 #
 #     s_i = (W_l x) . P v_i + trust * log(1 + 10 n_i)
 #
@@ -913,12 +914,12 @@ class Lookahead(Generator):
         E = size.width
         self.carry = nn.ModuleList()
         tables = []
-        for d, name in enumerate(modalities):
+        for m, name in enumerate(modalities):
             shrunk = name in size.shrunk.split(",")
             self.carry.append(Carry(sources[name]["embeddings"].shape[1], E, shrunk))
             tables.append(columns_of(sources[name], shrunk))        # (N+1, d or 2d)
             if shrunk:
-                self.shown[:, d, 1:] = self.masks[d]
+                self.shown[:, m, 1:] = self.masks[m]
         self.columns = [table.shape[1] for table in tables]  # of each modality
         self.register_buffer("table", torch.cat(tables, 1), persistent=False)  # (N+1, X)
         self.beneath = nn.ModuleList([Root(trie)])
@@ -954,7 +955,7 @@ class Lookahead(Generator):
     def embed(self, history, hidden, carried):
         """The vector of each item and modality, and its codes' embeddings. -> (B, T, D, E)"""
         x = self.embed_codes(history, hidden)                       # (B, T, D, L, E)
-        x = x.sum(3) / x.shape[3] ** 0.5                            # (B, T, D, E), as large as one
+        x = x.sum(3) / x.shape[3] ** 0.5                            # (B, T, D, E)
         return x + self.gather(history, hidden, carried)            # (B, T, D, E)
 
     def begin(self, history, hidden, carried):
@@ -979,6 +980,41 @@ class Lookahead(Generator):
         """Besides: the vectors of the items, which items lie under the nodes, and neighbours."""
         parts = (self.beneath, self.neighbours)
         return [self.table, *[table for part in parts for table in part.buffers()]]
+
+
+# --- A step of training ---------------------------------------------------------------------------
+
+
+def batch_losses(model, trie, events, args):
+    """What a step makes smaller: the loss of each code, summed over the targets.
+
+    events: (B, T+1), each of them but the first is a target -> (L,)
+    """
+    history = events[:, :-1]                                        # (B, T)
+    target = events[:, 1:]                                          # (B, T)
+    with autocast(args):
+        logits = model(history, target, args.masking)               # (B, T, L, K)
+    logits = logits.flatten(0, 1)                                   # (B * T, L, K)
+    constrained = not args.unconstrained
+    return code_losses(logits, target.flatten(), trie, constrained)  # (L,)
+
+
+def train_step(model, trie, optimizer, events, args):
+    """One step of AdamW. -> this process's loss of each code, summed over its targets (L,)"""
+    losses = batch_losses(model, trie, events, args)                # (L,)
+    # Divided by --batch, not by B * T: a target weighs the same in a batch that is smaller.
+    (losses.sum() / args.batch).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses.detach()                                          # (L,)
+
+
+def learning_rate(done, peak):
+    """It rises at first, and falls along half a cosine to 0. done: share of the training, 0 to 1"""
+    rise = min(1, done / WARM_UP)
+    fall = (1 + math.cos(math.pi * done)) / 2
+    return peak * rise * fall
 
 
 # --- Beam search: the likeliest items ------------------------------------------------------------
@@ -1346,6 +1382,7 @@ def train(model, trie, run, data, args):
           f"{state['ndcg'].index(best)}: validation NDCG@10 {best:.4f}")
     if args.lookahead:
         settle(model, trie, state, data, validation_users, args)
+        state["seconds"] = time.time() - began
     return state
 
 
@@ -1427,41 +1464,9 @@ def train_epoch(model, trie, optimizer, state, epoch, data, args):
     return add_up(total).cpu() / max(1, targets)  # a very small shop may have no target
 
 
-def learning_rate(done, peak):
-    """It rises at first, and falls along half a cosine to 0. done: share of the training, 0 to 1"""
-    rise = min(1, done / WARM_UP)
-    fall = (1 + math.cos(math.pi * done)) / 2
-    return peak * rise * fall
-
-
-def train_step(model, trie, optimizer, events, args):
-    """One step of AdamW. -> this process's loss of each code, summed over its targets (L,)"""
-    losses = batch_losses(model, trie, events, args)                # (L,)
-    # Divided by --batch, not by B * T: a target weighs the same in a batch that is smaller.
-    (losses.sum() / args.batch).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    optimizer.step()
-    optimizer.zero_grad()
-    return losses.detach()                                          # (L,)
-
-
-def batch_losses(model, trie, events, args):
-    """What a step makes smaller: the loss of each code, summed over the targets.
-
-    events: (B, T+1), each of them but the first is a target -> (L,)
-    """
-    history = events[:, :-1]                                        # (B, T)
-    target = events[:, 1:]                                          # (B, T)
-    with autocast(args):
-        logits = model(history, target, args.masking)               # (B, T, L, K)
-    logits = logits.flatten(0, 1)                                   # (B * T, L, K)
-    constrained = not args.unconstrained
-    return code_losses(logits, target.flatten(), trie, constrained)  # (L,)
-
-
 def validate(model, trie, data, users, args):
     """NDCG@10 on the validation events of some users. -> float"""
-    # Ten beams find nearly the same ten items as twenty, in half of the time.
+    # A search of ten beams, not of twenty, saves time.
     narrow = argparse.Namespace(**vars(args) | {"beam": min(10, args.beam)})
     top, _ = recommend(model, trie, data, "valid", users, narrow)   # (n, 10)
     target = data["events"][data["offsets"][1 + users] - 2]         # (n,)

@@ -344,11 +344,11 @@ def meaning(codes, category):
 #   score(i) = sum over j of 0.5^a strength(j, i)
 #
 #   last-item       a is 0 only          strength(j, i) counts how often i came right after j
-#   co-occurrence   a from 0 to 4        each time that i and j are d <= 5 places apart in a
-#                                        history, in either order, adds 1 / d to strength(j, i)
+#   co-occurrence   a from 0 to 4        each time that i and j are gap <= 5 places apart in a
+#                                        history, in either order, adds 1 / gap to strength(j, i)
 #
 # This form of co-occurrence was chosen by NDCG@10 on validation: on the toy shop of 1,050 and of
-# 2,412 items, on Office and on MovieTweetings. To count near pairs for more (1 / d, 0.5^a) was
+# 2,412 items, on Office and on MovieTweetings. To count near pairs for more (1 / gap, 0.5^a) was
 # ahead on all four of counting all alike; sums were ahead of cosines on all but MovieTweetings.
 # What a user had stays in the lists, as in 02.
 
@@ -588,7 +588,7 @@ def read_predictions(run, data):
         models[saved["name"]] = [measure(saved, data)]
     paths = sorted(run.folder.glob("predictions-*.pt"))
     for path in tqdm(paths, "predictions", leave=False, disable=None):
-        if path.name == "predictions-popularity-s0.pt":  # that row is made here
+        if path.name == "predictions-popularity-s0.pt":  # left by an older version of 02
             continue
         saved = run.load(path.name, "the script that made it", mmap=True)
         check_predictions(saved, path, data)
@@ -1502,9 +1502,10 @@ def pick_user(name, entry, models, data):
     n = len(entry["trace"]["codes"])
     target = targets(data)[:n].long()                               # (n,)
     places = {name: rank_of(target, entry["top"][:n])}
-    for other in models.get("sasrec", []):
-        if other["seed"] == entry["seed"]:
-            places["sasrec"] = rank_of(target, other["top"][:n])    # (n,)
+    for beside in ("mscgrec", "sasrec"):
+        for other in models.get(beside, []):
+            if other["seed"] == entry["seed"]:
+                places[beside] = rank_of(target, other["top"][:n])  # (n,)
 
     # Step by step fewer users are left; the rule says in words what is done.
     users = torch.arange(n)                                         # (n,)
@@ -1512,6 +1513,9 @@ def pick_user(name, entry, models, data):
     if "sasrec" in places:
         users = keep_if_any(users, places["sasrec"] > 10)
         begin += " those whose item is not in sasrec's first ten; of these"
+    if "mscgrec" in places and name != "mscgrec":
+        users = keep_if_any(users, places["mscgrec"] <= 10)
+        begin += " those whose item is in mscgrec's; of these"
     users = keep_if_any(users, places[name] == places[name][users].min())
     pictured = [data["has_image"][events_of(user, data)].all() for user in range(n)]
     users = keep_if_any(users, torch.stack(pictured))

@@ -293,8 +293,8 @@ def test_each_epoch_draws_anew_and_each_process_its_own_dropout(scripts, smoke, 
 def test_the_learning_rate_rises_then_falls_and_ends_at_nothing(scripts):
     """By hand: half of the rise, its end, the middle of the training, half of the fall, its end."""
     s = scripts[2]
-    for progress, share in ((s.WARM_UP / 2, 0.5), (s.WARM_UP, 1), (0.5, 1), (1 - s.COOL_DOWN / 2, 0.5), (1, 0)):
-        assert s.learning_rate(0.01, progress) == pytest.approx(0.01 * share, abs=1e-12)
+    for done, share in ((s.WARM_UP / 2, 0.5), (s.WARM_UP, 1), (0.5, 1), (1 - s.COOL_DOWN / 2, 0.5), (1, 0)):
+        assert s.learning_rate(done, 0.01) == pytest.approx(0.01 * share, abs=1e-12)
 
 
 def test_each_step_takes_its_place_in_the_schedule_however_many_steps_an_epoch_has(scripts, smoke, monkeypatch):
