@@ -7,10 +7,12 @@ with the same weight: its output q_t at the last token of item t shall be near t
     loss = sum_l loss_l - log softmax_i( cos(q_t, P v_i) / 0.07 ),   i: items with training events
 
 where v_i holds the vectors of an item's text and picture, which new items have, too. Candidates are
-the 20 items of the beam and all new ones, and this cosine ranks them. It prints who gains and who
-pays: Recall@10 of those who look for a new item, and of the others (nan: there are none). Left out:
-vectors in the history, which shows codes alone here; vectors of a language model; a beam of 100.
-And our codebooks of texts and pictures have seen the new items, LIGER's have not.
+the 20 items of the beam and all new ones, and this cosine ranks them. (liger-joined, ours, leaves
+the beam in its order, and puts each new item where its softmax of cosines over all items belongs.)
+It prints who gains and who pays: Recall@10 of those who look for a new item, and of the others
+(nan: there are none). Left out: vectors in the history, which shows codes alone here; vectors of a
+language model; a beam of 100. And our codebooks of texts and pictures have seen the new items,
+LIGER's have not.
 
 Yang et al., Unifying Generative and Dense Retrieval for Sequential Recommendation,
 arXiv 2411.18814. New items are in the runs that "tests/questions.py unseen --run runs/toy" leaves:
@@ -32,6 +34,7 @@ VARIANTS = {
     "liger": "the items of the beam and all new ones, by the cosine",
     "liger-control": "the same, but every new item has the vectors of another new one",
     "liger-beam": "the items of the beam alone, by the cosine",
+    "liger-joined": "the order of the beam, and new items by how likely the cosine makes them",
     "liger-trained": "LIGER's training, the order of the beam: to be seen beside liger-beam",
 }
 TEMPERATURE = 0.07
@@ -94,10 +97,13 @@ def batch_losses(model, trie, events, args):
 @torch.no_grad()
 def beam_search(model, trie, history, beam, trace=None):
     """The candidates, by the cosine. -> items (B, beams), log p among all candidates (B, beams)"""
-    found, _ = plain.beam_search(model, trie, history, beam, trace)     # (B, beams)
+    found, log_p = plain.beam_search(model, trie, history, beam, trace)  # (B, beams) both
     candidate = model.joins.repeat(len(found), 1).scatter(1, found, True)  # (B, N+1)
     candidate[:, 0] = False  # padding
-    scores = model.cosines()[:, -1].masked_fill(~candidate, -torch.inf)  # (B, N+1)
+    scores = model.cosines()[:, -1]                                     # (B, N+1)
+    if model.variant == "liger-joined":  # log p of all items; those of the beam keep theirs
+        scores = scores.log_softmax(1).scatter(1, found, log_p)         # (B, N+1)
+    scores = scores.masked_fill(~candidate, -torch.inf)                 # (B, N+1)
     best, items = scores.log_softmax(1).topk(min(found.shape[1], len(model.new)))  # (B, beams)
     return items.masked_fill(best == -torch.inf, 0), best
 
