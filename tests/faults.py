@@ -602,7 +602,7 @@ def records(tmp):
     rows.append(Row("  files written", f"{sorted(path.name for path in wrote)}", inside))
     rows.append(Row("  04 after them", *judge(start(4, "--run", tmp / "run"))))
 
-    nothing = shop(tmp / "nothing", [b'{"user_id": "u", "timestamp": 1}'] * 50 + [b"x"] * 50)
+    nothing = shop(tmp / "nothing", [b'{"user_id": "u", "item_id": "", "timestamp": 1}'] * 50 + [b"x"] * 50)
     ended = start(1, "--run", tmp / "none", "--dataset", nothing)
     rows.append(Row("not one good line", *judge(ended, "no event is left")))
     return rows + fuzzed_pictures(tmp) + [nothing_ran()]
