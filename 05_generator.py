@@ -693,16 +693,16 @@ class Generator(nn.Module):
 #
 # In training `kept` is drawn for each step, so that all shares are known. Validation picks one.
 #
-# In a large shop it would be most of the work to bring the vectors of all items to the width of the
-# model in every step of training. There each question is brought to the vectors, which never
-# change: (W x) . P v = (P^T W x) . v. A search asks with many beams, and brings the vectors, once.
+# (W x) . P v = (P^T W x) . v, so either side may be multiplied with P. In a large shop a step of
+# training has fewer questions W x than there are items: it multiplies the questions and leaves the
+# table of vectors as it is. All else multiplies the table, once, and asks with as many as it likes.
 
 
 class Carried(NamedTuple):
     """What is known of the items besides codes, and P.
 
     Questions are multiplied with `table`. It holds P v of all items, (N+1, E), and `bring` is None;
-    or it holds v, (N+1, X), and `bring` is P, (E, X), which brings questions there.
+    or it holds v, (N+1, X), and questions are multiplied with `bring`, which is P, (E, X), first.
     """
     parts: list          # P of each modality: (E, its columns of v)
     table: torch.Tensor
