@@ -785,7 +785,7 @@ def odd_shops():
         "two items": Shop(all_buy_all(9, 2), catalogue(2), "no event is left", k_core=1),
         "three items": Shop(all_buy_all(9, 3), catalogue(3), k_core=1),
         "all users of one item": Shop(all_buy_all(9, 1), catalogue(1), "no event is left", k_core=1),
-        "no event": Shop([], [], "needs two tables"),
+        "no event": Shop([], [], "has no table of events"),
         "all texts equal": Shop(all_buy_all(9, 30), catalogue(30, title="a mug", description="")),
         "no picture, no text": Shop(all_buy_all(9, 30), []),
         "a single category": Shop(all_buy_all(20, 12), catalogue(12)),
