@@ -321,7 +321,7 @@ def related(args):
             print(f"{name}: needs pictures, which this shop has not: skipped")
             continue
         system = importlib.import_module(name)
-        names = [system.BASE, *system.VARIANTS]
+        names = list(dict.fromkeys([system.BASE, *system.VARIANTS]))  # some bases are a variant, too
         done = all([train_related(args, name, system, seed, names, options.split()) for seed in args.seeds])
         if done:
             compare_related(args, name, system, data)
