@@ -579,8 +579,8 @@ def train_step(student, replica, teacher, optimizer, views, B, step, steps, epoc
     done = step / steps
 
     # The teacher: p_t = sinkhorn(head_t(ViT_t(x)) / tau_t), of global crops only, those of the
-    # whole batch together. One prototype cannot win everywhere: centring would make p_t uniform.
-    # And a small tau_t makes small differences large, so that p_t does not stay uniform.
+    # whole batch together. Were one prototype to win everywhere, centring would make p_t uniform.
+    # And a small tau_t makes small differences large: p_t does not stay uniform.
     with torch.no_grad():
         out, _, _ = teacher([global_crops])                         # (2, b, O)
         out = gather(out, B)                                        # (2, B, O)
@@ -1121,7 +1121,8 @@ def print_epoch(epoch, means, epochs):
     if number == 1 or number % every == 0 or number == epochs:
         loss, entropy = means.tolist()
         # Cross-entropy = entropy + KL: how unsure the teacher is, how far the student is from it.
-        print(f"epoch {number}: loss {loss:.2f} = entropy of p_t {entropy:.2f} + KL", flush=True)
+        print(f"epoch {number}: loss {loss:.2f} = entropy of p_t {entropy:.2f} + "
+              f"KL {loss - entropy:.2f}", flush=True)
 
 
 # --- Files, stopped runs, several processes (the same text in every script that has it) ----------

@@ -176,7 +176,7 @@ class Trie:
     In code l counts from 0: codes[:, l] is c_(l+1), which leads from level l to level l + 1.
 
     edges[l]    int64 (nodes of level l+1,)       what leads from level l to level l+1, see below
-    allowed[l]  uint8 (nodes of level l, K / 8)   A(c_<l) of each node, one bit a code: see pack
+    allowed[l]  uint8 (nodes of level l, K / 8)   A(the codes that lead there), a bit a code: pack
     path        int64 (N+1, L)                    the node of an item's first l codes, l = 0..L-1
     leaf_item   int64 (N,)                        the item of each leaf
     """

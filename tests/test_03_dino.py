@@ -605,7 +605,7 @@ def test_of_many_epochs_the_first_and_each_tenth_get_a_line(epochs, told, capsys
     for epoch in range(epochs):
         dino.print_epoch(epoch, torch.tensor([2.5, 2.25]), epochs)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"epoch {number}: loss 2.50 = entropy of p_t 2.25 + KL" for number in told]
+    assert lines == [f"epoch {number}: loss 2.50 = entropy of p_t 2.25 + KL 0.25" for number in told]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, capsys):
