@@ -653,13 +653,12 @@ def unseen(args):
                 line = argparse.Namespace(run=folder, epochs=args.epochs)
                 call(5, *generator_options(line, seed, name, " ".join(options)))
         if "best-possible" in rows:
-            ceiling(argparse.Namespace(run=folder))
+            best_possible(folder, seed)
 
         to_be_found = new["events"][new["offsets"][1:] - 1].long()      # (U,)
         looks_for_unseen = held[to_be_found]                            # (U,)
         for name in rows:
-            of_seed = 0 if name == "best-possible" else seed
-            top = load(folder / f"predictions-{name}-s{of_seed}.pt")["test"]  # (U, top)
+            top = load(folder / f"predictions-{name}-s{seed}.pt")["test"]  # (U, top)
             hit = hits(top, new)                                        # (U,)
             both = [hit[looks_for_unseen].mean(), hit[~looks_for_unseen].mean()]
             recall[name].append(torch.stack(both))                      # (2,)
@@ -722,11 +721,17 @@ def without_training_events(data, held):
 
 
 def ceiling(args):
-    """The row `best-possible`: the list that Bayes' rule gives to each user of a toy shop. It also knows what the
+    """The row `best-possible`, and the table with it."""
+    best_possible(args.run, seed=0)
+    call(6, "--run", args.run)
+
+
+def best_possible(folder, seed):
+    """The list that Bayes' rule gives to each user of a toy shop, as predictions of this seed. It also knows what the
     5-core dropped of a history, so that it is a bound from above; but not in which circle an item is that no training
     event shows."""
     one = script(1)
-    run = one.Run(args.run)
+    run = one.Run(folder)
     data = run.load("data.pt", "01_data.py")
     began = time.time()
     rules, walks, target = redraw_toy_shop(one, data)                   # .., (U, LONGEST_WALK), (U,)
@@ -747,10 +752,10 @@ def ceiling(args):
             share = likeliest[:, :10].sum(1) / chance.sum(1)            # (B,)
             promised[batch] = share.float()                             # (B,)
 
-    run.save({"name": "best-possible", "test": top, "seconds": {"predict": time.time() - began}},
-             "predictions-best-possible-s0.pt")
+    seconds = {"predict": time.time() - began}
+    run.save({"name": "best-possible", "seed": seed, "test": top, "seconds": seconds},
+             f"predictions-best-possible-s{seed}.pt")
     print(f"The first tens promise a Recall@10 of {promised.mean():.4f} and keep {hits(top, data).mean():.4f}.")
-    call(6, "--run", args.run)
 
 
 def catalogue_numbers(item_ids):
@@ -831,6 +836,8 @@ def what_follows(one, rules, history):
         score += np.log(mean) * ((circle[history[:, -1:]] >= 0) & (circle < 0))  # (B, n)
     score[np.arange(B)[:, None], history] = -np.inf
     return np.exp(score)
+
+
 # --- What image vectors and codes know of the toy shop ----------------------------------------------------------------
 
 

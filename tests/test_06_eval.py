@@ -853,7 +853,7 @@ def test_of_several_seeds_the_one_with_the_codes_of_the_run_is_drawn(tmp_path, c
     assert (run / "one-item.png").exists()
 
 
-def user_of(targets, ranks, sasrec, pictures):
+def user_of(targets, ranks, sasrec, pictures, mscgrec=None):
     """The user whose item is drawn, where it is in the lists, the rule. Item i was bought i times; those of the users
     in `pictures` have one."""
     data = {"events": torch.tensor(targets), "offsets": torch.arange(len(targets) + 1),
@@ -862,6 +862,8 @@ def user_of(targets, ranks, sasrec, pictures):
     trace = {"target": "collab", "codes": torch.zeros(len(targets), 2, 3, 2), "log_p": torch.zeros(len(targets), 2, 3)}
     entry = {"seed": 0, "top": lists(targets, ranks), "trace": trace}
     models = {"sasrec": [{"seed": 0, "top": lists(targets, sasrec)}]} if sasrec else {}
+    if mscgrec:
+        models["mscgrec"] = [{"seed": 0, "top": lists(targets, mscgrec)}]
     return evaluation.pick_user("lookahead", entry, models, data)
 
 
@@ -874,6 +876,8 @@ def test_the_item_that_is_drawn_is_found_by_the_rule_that_is_printed():
     assert user == 2 and places == "lookahead none, sasrec none"
     user, places, rule = user_of([30, 5, 6], [2, 1, None], None, [0, 2])
     assert user == 1 and places == "lookahead 1" and "sasrec" not in rule
+    user, places, rule = user_of([30, 5, 6], [2, 1, 2], None, [0, 2], mscgrec=[10, None, 11])
+    assert user == 0 and places == "lookahead 2, mscgrec 10" and "item is in mscgrec's" in rule
 
 
 def test_who_bought_it_after_what_is_of_training_alone():
